@@ -14,22 +14,18 @@ from lit_clip.tools.guarded_output import log_above_bars, silence
 from lit_clip.tools.lazy_names import lazy_names
 from .non_finite import NonFiniteSteps
 from .preemption import Preemption
-from .print_plan import PrintPlan
-from .print_results import PrintResults
+from .print_results import PrintPlan, PrintResults
 from .progress import ExpectedTime, ProgressLines
 from .random_states import RandomStates
 from .skipped_samples import SkippedSamples
-from .without import Without
 
 if TYPE_CHECKING:
-    from .activation_checkpointing import ActivationCheckpointing
-    from .compile import Compile
+    from .compile import ActivationCheckpointing, Compile, PatchDropout
     from .ema import EMA
     from .frozen_features import FrozenFeatures
     from .hard_batches import HardBatches
     from .heads_first import HeadsFirst
     from .monitor import TrainingMonitor
-    from .patch_dropout import PatchDropout
     from .proof import Proof
     from .suite_evaluation import LinearProbe, Retrieval, ZeroShotSegmentation
     from .tensorboard import EmbeddingProjector, SimilarityMatrix
@@ -70,6 +66,17 @@ __getattr__ = lazy_names(__name__, __file__)
 
 # Callbacks of every run that come after the given ones.
 AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
+
+
+class Without(Callback):
+    """Leave out callbacks of :func:`defaults`; ``--trainer.callbacks-=NAME`` adds it.
+
+    Args:
+        names: class names of the callbacks, such as ProgressLines.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
 
 
 def defaults(*callbacks: Callback) -> list[Callback]:

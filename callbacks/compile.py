@@ -1,4 +1,4 @@
-"""``torch.compile`` in place: parameter names stay, and a few graphs serve all batches."""
+"""How the encoders run: compiled, checkpointed, or on part of the patches."""
 
 from typing import Any
 
@@ -6,15 +6,62 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.layers import TOWERS, tower_blocks
-from .activation_checkpointing import ActivationCheckpointing
+from lit_clip.models.transformer import VisionTransformer
+from lit_clip.training.activation_checkpointing import checkpoint_encoders
 
 MOST_GRAPHS = 64
 
 
+class ActivationCheckpointing(Callback):
+    """Keep only each block's inputs, and compute its activations again in the backward pass.
+
+    Far less memory for a third more arithmetic, and the same numbers.
+
+    Args:
+        share: of each encoder's blocks, starting with the first; 1 for all.
+    """
+
+    changes_model = True  # before others measure it
+
+    def __init__(self, share: float = 1.0) -> None:
+        require(0 < share <= 1, f"ActivationCheckpointing.share: {share} must be above 0 and at most 1")
+        self.share = share
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        model: Any = pl_module.model
+        if stage == "fit":
+            checkpoint_encoders(model, self.share)
+
+
+class PatchDropout(Callback):
+    """Leave out a share of each image's patches in training steps (FLIP, Li et al. 2023).
+
+    The image encoder does that much less work, at a cost in accuracy (docs/evidence/performance.md). Only for the
+    paper's ViTs; timm's have ``options: {patch_drop_rate: ...}`` of their own.
+
+    Args:
+        share: of the patches, at least 0 and below 1.
+    """
+
+    changes_model = True  # before others measure it
+
+    def __init__(self, share: float = 0.5) -> None:
+        require(0 <= share < 1, f"PatchDropout.share: {share} must be at least 0 and below 1")
+        self.share = share
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        model: Any = pl_module.model
+        if not isinstance(model.visual, VisionTransformer):
+            raise InputError(
+                f"callbacks.PatchDropout: {type(model.visual).__name__} has no patches; remove the callback"
+            )
+        model.visual.patch_dropout = self.share
+
+
 class Compile(Callback):
-    """Compile the blocks of both encoders with ``torch.compile``.
+    """Compile the blocks of both encoders with ``torch.compile``; parameter names stay.
 
     The first steps take minutes. Texts of any lengths share a few graphs: the paper's text encoder packs them into rows
     of fixed length. A ``lora`` on attention's inputs breaks the graphs.

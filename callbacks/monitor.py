@@ -1,6 +1,5 @@
 """Metrics and a warning that show whether a model is learning."""
 
-import math
 from collections import deque
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from lit_clip.tools.untrusted import Count, convert, entries
 from .throughput import log_interval, samples_of
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
-LAST_STEPS = 50  # whose mean loss is compared with the baseline at a run's end
+LAST_STEPS = 50  # whose mean loss is compared with the baseline
 
 
 def gradient_norms(model: CLIP) -> dict[str, Tensor]:
@@ -48,20 +47,21 @@ class TrainingMonitor(Callback):
       ``16-mixed``
     - ``train/samples_seen``
 
-    It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is not
-    more than 1 % below its baseline (:meth:`lit_clip.losses.Loss.chance_loss`); a loss without one is not watched. At
-    the end of a run that had no such warning it says the same of the last steps, however short the run was.
+    ``stuck_steps`` optimiser steps after warm-up, after each further ``stuck_steps``, and at the end of a run, however
+    short it was, the mean loss of the last steps on the first rank is compared with its baseline
+    (:meth:`lit_clip.losses.Loss.chance_loss`). One that is not more than 1 % below it is reported once. A loss without
+    a baseline is not watched.
 
     Args:
-        stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
+        stuck_steps: number of optimiser steps from one comparison to the next.
     """
 
     def __init__(self, stuck_steps: int = 500) -> None:
         require(stuck_steps >= 1, f"TrainingMonitor.stuck_steps: {stuck_steps} must be at least 1")
         self.stuck_steps = stuck_steps
         self._samples_seen = 0
-        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, baseline
         self._last: deque[tuple[Tensor, float]] = deque(maxlen=LAST_STEPS)  # loss on this rank, not yet read; baseline
+        self._compared = 0  # step after which the loss was last compared
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,39 +85,31 @@ class TrainingMonitor(Callback):
         if module.last_step and (baseline := module.loss.chance_loss(module.last_step.pairs)) is not None:
             self._last.append((module.last_step.loss, baseline))
         self._samples_seen += samples_of(trainer, module, batch)
-        if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("train/samples_seen", float(self._samples_seen))
-            self._warn_if_stuck(trainer, module)
+        if trainer.global_step % log_interval(trainer):
+            return
+        pl_module.log("train/samples_seen", float(self._samples_seen))
+        warmup = module.parts["lr_scheduler"]["init_args"].get("warmup_steps", 0)
+        self._compared = max(self._compared, warmup)
+        if trainer.global_step - self._compared >= self.stuck_steps:
+            self._compared = trainer.global_step
+            self._warn_if_stuck(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compared = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_if_stuck(trainer)
+
+    def _warn_if_stuck(self, trainer: Trainer) -> None:
         if not self._last or self._warned:
             return
-        loss = float(torch.stack([loss for loss, _ in self._last]).mean())
+        loss = float(torch.stack([loss for loss, _ in self._last]).mean())  # synchronises the device
         baseline = sum(baseline for _, baseline in self._last) / len(self._last)
         if loss >= STUCK * baseline:
-            last = f"{loss:.3f} on average in the last {len(self._last)} of {trainer.global_step} steps"
-            rank_zero_warn(f"the model has learned nothing: train/loss was {last}, and its baseline is {baseline:.3f}")
-
-    def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
-        loss, step = trainer.callback_metrics.get("train/loss"), module.last_step
-        warming_up = trainer.global_step <= module.parts["lr_scheduler"]["init_args"].get("warmup_steps", 0)
-        if self._warned or loss is None or step is None or warming_up:
-            return
-        baseline = module.loss.chance_loss(step.pairs)
-        if baseline is None:
-            return
-        value = float(loss)  # synchronises the device, but only on logged steps
-        if math.isfinite(value):
-            self._losses.append((trainer.global_step, value, baseline))
-        if not self._losses or trainer.global_step - self._losses[0][0] < self.stuck_steps:
-            return
-        mean_loss, mean_baseline = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
-        self._losses.clear()
-        if mean_loss >= STUCK * mean_baseline:
             self._warned = True
             rank_zero_warn(
-                f"the model is not learning: train/loss was {mean_loss:.3f} on average over the last "
-                f"{self.stuck_steps} steps; its baseline is {mean_baseline:.3f}. Check that captions belong to their "
+                f"the model has learned nothing: train/loss was {loss:.3f} on average in the last {len(self._last)} of "
+                f"{trainer.global_step} steps, and its baseline is {baseline:.3f}. Check that captions belong to their "
                 "images (one column of the table may have been sorted without the other, or all captions may be the "
                 "same), that the learning rate (train/learning_rate) is not far too high or too low, that the right "
                 "encoders are trainable, and that the gradients (train/image_gradient_norm, train/text_gradient_norm) "

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,7 +21,7 @@ from lit_clip.tools import hardware
 from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.loop_counts import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
-from lit_clip.training.lightning.signals import signal_of
+from lit_clip.training.lightning.signals import signals_of
 from lit_clip.training.optimizers import obeys_found_inf, skip_step
 from .throughput import log_interval
 
@@ -45,8 +44,6 @@ class Finding(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A checked step; its result has not been read yet."""
-
     step: TrainingStep
     number: int  # of optimiser steps before it
     counts: hardware.HostCopy  # how many ranks found each of REASONS
@@ -156,7 +153,8 @@ class NonFiniteSteps(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # Before a validation, and before a signal ends the run: raised by saving, the error would come while the run is
         # being ended, and other callbacks would not be told of it.
-        if self._unread and (signal_of(trainer) or validation_due(trainer)):
+        signals = signals_of(trainer)
+        if self._unread and ((signals and signals.agreed) or validation_due(trainer)):
             self._read()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,10 +182,7 @@ class NonFiniteSteps(Callback):
             if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                 rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
             return
-        ended_by = signal_of(trainer)  # it would otherwise have saved a checkpoint
-        name = signal.Signals(ended_by).name if ended_by else ""
-        unsaved = f"; {name} saved nothing, so resume from an earlier checkpoint" if name else ""
-        raise InputError(f"training stopped at step {number}: {what}; {advice}{unsaved}")
+        raise InputError(f"training stopped at step {number}: {what}; {advice}")
 
 
 def bad_rows(step: TrainingStep) -> Tensor:

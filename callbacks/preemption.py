@@ -17,7 +17,7 @@ from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
 from lit_clip.training.lightning.loop_counts import validate_after_step, validation_due
 from lit_clip.training.lightning.run_folder import run_folder
-from lit_clip.training.lightning.signals import Signals, replace_signals, signal_of, signals_of
+from lit_clip.training.lightning.signals import Signals, replace_signals
 from lit_clip.training.summary import resume_command
 
 
@@ -41,10 +41,11 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self._first_step: int | None = None
         self._validation_due = False  # a validation was due after the last step and has not finished
+        self._signals: Signals | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers after this hook and before any other, and has no option for different ones.
-        replace_signals(trainer)
+        self._signals = replace_signals(trainer)
         on_exception = any(getattr(callback, "save_on_exception", False) for callback in trainer.checkpoint_callbacks)
         require(
             not on_exception or trainer.world_size == 1,
@@ -61,7 +62,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
-        if self._agreed(trainer):
+        if self._agreed():
             raise SIGTERMException
         if self._validation_due and trainer.enable_validation:
             validate_after_step(trainer)
@@ -69,26 +70,26 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._validation_due = validation_due(trainer)
-        signals = signals_of(trainer)
+        signals = self._handlers
         exchanged = trainer.world_size > 1 and signals.read(trainer.strategy.root_device)
-        if bool(signals.agreed) if exchanged else self._agreed(trainer):
+        if bool(signals.agreed) if exchanged else self._agreed():
             # Lightning raises SIGTERMException when the step is complete and logged, and checks for it nowhere before.
-            signals_of(trainer).received_sigterm = True
+            signals.received_sigterm = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A signal of this step may not have been read yet, and a validation may take longer than the grace period.
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if signals_of(trainer).agreed or (fitting and self._agreed(trainer)):
+        if self._handlers.agreed or (fitting and self._agreed()):
             raise SIGTERMException
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # Ranks may have different numbers of batches, so there is no collective here: a rank with a signal jumps to the
         # end of the validation and meets the others there.
-        if signals_of(trainer).received and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
+        if self._handlers.received and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._agreed(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._agreed():
             raise SIGTERMException
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,8 +97,8 @@ class Preemption(Callback):
             self._validation_due = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and signal_of(trainer):
-            signals = signals_of(trainer)
+        signals = self._signals
+        if isinstance(exception, SIGTERMException) and signals and signals.agreed:
             outcome = self._save(trainer, signals)
             exception.code = 0 if is_launched() else 128 + signals.agreed
             if trainer.is_global_zero:
@@ -106,10 +107,14 @@ class Preemption(Callback):
         else:
             release()  # Lightning calls no teardown hook after an error, and a notebook lives on
 
-    def _agreed(self, trainer: Trainer) -> bool:
-        signals = signals_of(trainer)
-        signals.agreed = distributed.maximum(signals.received)
-        return bool(signals.agreed)
+    @property
+    def _handlers(self) -> Signals:
+        assert self._signals is not None, "set by setup"
+        return self._signals
+
+    def _agreed(self) -> bool:
+        self._handlers.agreed = distributed.maximum(self._handlers.received)
+        return bool(self._handlers.agreed)
 
     def _save(self, trainer: Trainer, signals: Signals) -> str:
         """Save a checkpoint if possible, and return a sentence about the outcome."""

@@ -1,30 +1,52 @@
-"""Print a run's results and the places of its files when training ends."""
+"""Print a run's plan before its first step, and its results at its end."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import convert, entries
-from lit_clip.training.lightning.run_folder import curves, run_folder
-from lit_clip.training.summary import print_next_steps, print_preferred, print_summary
+from lit_clip.training.lightning.run_folder import curves, run_folder, shown
+from lit_clip.training.plan import fine_tunes, measure_run, print_plan
+from lit_clip.training.schedules import known_steps
+from lit_clip.training.summary import print_next_steps, print_summary, print_trained
 
 LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
-
 ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
+Validation = tuple[int, float, float]  # epoch, counted from 1, loss, and mean recall
 
 
-class Validation(NamedTuple):
-    """Loss and mean recall after an epoch; epochs count from 1."""
+class PrintPlan(ModelSummary):
+    """Print what a run will do, which settings contradict each other, and what fine-tuning trains.
 
-    epoch: int
-    loss: float
-    recall: float
+    It is the run's summary: Lightning adds none of its own, which would count no FLOPs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=0)  # of Lightning's table
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not when training starts: by then a strategy may have sharded the weights.
+        if stage == "fit" and trainer.is_global_zero:
+            self._plan = measure_run(pl_module, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.ckpt_path:  # which is not known before
+            print_plan(self._plan)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.ckpt_path:  # the checkpoint tells how many steps are done
+            steps = known_steps(trainer) if self._plan.steps is not None else None
+            print_plan(replace(self._plan, steps=steps))
+        if trainer.is_global_zero and fine_tunes(pl_module.hparams):
+            print_trained(trainer.optimizers[0].param_groups, cast(LitCLIP, pl_module).model)
 
 
 class PrintResults(Callback):
@@ -35,17 +57,12 @@ class PrintResults(Callback):
 
     def __init__(self) -> None:
         self._validations: list[Validation] = []
-        self._first_step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics
+        loss, recall = (float(trainer.callback_metrics.get(name, math.nan)) for name in (LOSS, RECALL))
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.global_step > 0
-        loss, recall = (float(found.get(name, math.nan)) for name in (LOSS, RECALL))
         if training and math.isfinite(loss) and math.isfinite(recall):
-            self._validations.append(Validation(trainer.current_epoch + 1, loss, recall))
+            self._validations.append((trainer.current_epoch + 1, loss, recall))
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": [list(each) for each in self._validations]}
@@ -53,6 +70,9 @@ class PrintResults(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = convert(state_dict, entries({"validations": list[Validation]}), type(self).__name__)
         self._validations = saved.get("validations", [])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for saver in trainer.checkpoint_callbacks if trainer.global_step > self._first_step else ():
@@ -65,37 +85,43 @@ class PrintResults(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
         if trainer.is_global_zero:
-            print_summary(trainer.callback_metrics, module.baselines, module.before, pairs, module.alike)
+            print_summary(trainer.callback_metrics, module.baselines, module.before, module.alike)
         saver = trainer.checkpoint_callback
         last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         folder = run_folder(trainer)  # every rank must ask
-        if last and trainer.is_global_zero:
-            best, unlearned = _best(trainer, module.baselines)
-            note = unlearned or misleading_loss(self._validations)
-            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
-            if Path(last) not in best.values() and (best or unlearned) and 0 < pairs < FEW:
-                print_preferred(Path(last), pairs)
+        if not last or not trainer.is_global_zero:
+            return
+        best, unlearned = _best(trainer, module.baselines)
+        lines = [f"curves: {line}" for line in curves(trainer.loggers, trainer.ckpt_path)]
+        lines.append(unlearned or misleading_loss(self._validations))
+        lines += [f"best {metric}: {shown(file)}" for metric, file in best.items()]
+        if (pairs := _few_pairs(trainer)) and Path(last) not in best.values() and (best or unlearned):
+            lines.append(f"{pairs} pairs to validate are too few to tell the best model; take {shown(Path(last))}")
+        print_next_steps(Path(last), folder, lines)
+
+
+def misleading_loss(validations: Sequence[Validation]) -> str:
+    """Return a note if the loss was lowest after the first epoch while recall still rose; else nothing."""
+    if len(validations) < 2:
+        return ""
+    (first, first_loss, first_recall), *later = validations
+    best, _, best_recall = max(later, key=lambda each: each[2])
+    if best_recall <= first_recall or min(loss for _, loss, _ in later) <= first_loss:
+        return ""
+    return f"{LOSS} rose from epoch {first} on, while {RECALL} rose until epoch {best}: the best model is by recall"
 
 
 def recommended(trainer: Trainer, module: Any) -> Path | None:
     """Return the checkpoint that the run recommends in its last lines; None if this is the last one."""
-    pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
     best, _ = _best(trainer, module.baselines)
-    return None if 0 < pairs < FEW else next(iter(best.values()), None)
+    return None if _few_pairs(trainer) else next(iter(best.values()), None)
 
 
-def misleading_loss(validations: Sequence[Validation]) -> str:
-    """Return a note if the loss was lowest after the first epoch while recall still rose; otherwise an empty text."""
-    if len(validations) < 2:
-        return ""
-    first, *later = validations
-    best = max(later, key=lambda each: each.recall)
-    if best.recall <= first.recall or min(each.loss for each in later) <= first.loss:
-        return ""
-    rose = f"{LOSS} rose from epoch {first.epoch} on, while {RECALL} rose until epoch {best.epoch}"
-    return f"{rose}: the best model is by recall"
+def _few_pairs(trainer: Any) -> int:
+    """Return the number of pairs to validate if they are too few; otherwise 0."""
+    pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
+    return pairs if pairs < FEW else 0
 
 
 def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, Path], str]:

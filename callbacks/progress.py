@@ -1,4 +1,4 @@
-"""Expected and used time of a run: an estimate from the first steps, and lines of progress instead of a bar."""
+"""A run's expected time, from its first steps, and its progress in lines or a bar."""
 
 import math
 import sys
@@ -12,19 +12,14 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.tools.console import ProgressLog, can_draw, duration, in_words, per_second
+from lit_clip.tools.console import ProgressLog, can_draw, duration, in_words, per_second, plural
 from lit_clip.training.schedules import known_steps, resumed_after
-from .throughput import TimedCallback, samples_of
+from .throughput import samples_of
 
 FIRST = 2  # steps that are not measured: they compile, fill caches and wait for data workers
 ENOUGH = 3, 5.0  # measured steps, and seconds in them
 LATEST = 30.0  # seconds after which an estimate by fewer steps is printed
 MUCH = 0.2  # relative change of an estimate that is printed again
-DAY = 24 * 3600.0
-MORE_THAN_A_DAY = (
-    "the run takes more than a day: lower trainer.max_epochs, choose a smaller model.architecture, train part of a "
-    "pretrained model on stored features (docs/finetuning.md), or use more GPUs (docs/many_gpus.md)"
-)
 SHOWN = {"train/loss": "loss", "val/loss": "val/loss"}
 BAR_WIDTH = 8  # columns; a line then fits into 80
 
@@ -46,13 +41,14 @@ LIGHTNINGS = (TQDMProgressBar, RichProgressBar, ShortBar)
 
 
 class ExpectedTime(Callback):
-    """Print a run's expected duration in one line below the plan; warn if it is more than a day.
+    """Print a run's expected duration in one line below the plan.
 
     Steps are measured from the third on, until there are 3 of them and 5 seconds have passed; after 30 seconds the line
     is printed with what is known by then. It is printed again if it changes by more than a fifth: when more steps
     have been measured, and after the first validation, whose time is unknown before. A resumed run counts the steps and
     validations that are left. Waiting for data, checkpoints and evaluations between steps are part of the steps'
-    time, as far as they occurred. Validations are not counted where a time decides when they run.
+    time, as far as they occurred. Validations are not counted where a time decides when they run. Without a known
+    number of steps or a ``max_time`` there is no line.
 
     ``train/expected_hours`` is logged with each line. The device is synchronised when the measurement begins and for
     each line, in no other step.
@@ -67,7 +63,7 @@ class ExpectedTime(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._measures = trainer.is_global_zero and not trainer.fast_dev_run
-        self._first_step, self._warned, self._printed = trainer.global_step, False, None
+        self._first_step, self._printed = trainer.global_step, None
         self._steps = 0
         self._start = self._seconds = 0.0  # of the first steps, and of those after them
         self._began = self._last = self.now()
@@ -79,12 +75,10 @@ class ExpectedTime(Callback):
         if self._measures and self._steps == FIRST:
             _synchronise(trainer)
         seconds = self._count_time()
-        if not self._measures:
-            return
-        if self._steps - FIRST >= ENOUGH[0] and self._seconds >= ENOUGH[1]:
-            self._measures = False
-            self._report(trainer, pl_module)
-        elif self._printed is None and self._last + seconds - self._began > LATEST:  # the next step would be late
+        enough = self._steps - FIRST >= ENOUGH[0] and self._seconds >= ENOUGH[1]
+        late = self._printed is None and self._last + seconds - self._began > LATEST  # the next step would be too late
+        if self._measures and (enough or late):
+            self._measures = not enough
             self._report(trainer, pl_module)
 
     def _count_time(self) -> float:
@@ -114,14 +108,11 @@ class ExpectedTime(Callback):
         self._count_time()
         at_most, (before, was_at_most) = self._steps <= FIRST, self._printed or (0.0, False)
         seconds, text = self._estimate(trainer)
-        if was_at_most or abs(seconds - before) > MUCH * before:
+        if math.isfinite(seconds) and (was_at_most or abs(seconds - before) > MUCH * before):
             self._printed = seconds, at_most
             module.print(f"expected time{' now' if before else ''}: {'at most ' if at_most else ''}{text}")
-            for logger in trainer.loggers if math.isfinite(seconds) else ():
+            for logger in trainer.loggers:
                 logger.log_metrics({"train/expected_hours": seconds / 3600}, trainer.global_step)
-        if not self._warned and not at_most and DAY < seconds < math.inf:
-            self._warned = True
-            module.print(f"warning: {MORE_THAN_A_DAY}")
 
     def _estimate(self, trainer: Trainer) -> tuple[float, str]:
         """Return the expected seconds of the run, from its first step in this process, and a text about them."""
@@ -129,30 +120,16 @@ class ExpectedTime(Callback):
         per_step = self._seconds / measured if measured > 0 else self._start / self._steps
         if measured > 0:
             start = max(0.0, self._start - FIRST * per_step)  # that the first steps took longer than others
-        limit, each = self._last - self._began + _time_left(trainer), in_words(per_step)
-        last = known_steps(trainer)
-        if last is None and math.isinf(limit):
-            return limit, f"{in_words(1000 * per_step)} per 1,000 steps of {each}; the number of steps is unknown"
+        limit, last = self._last - self._began + _time_left(trainer), known_steps(trainer)
         if last is None:
-            return limit, f"{in_words(limit)} by max_time (about {int(limit / per_step):,} steps of {each})"
+            return limit, f"{in_words(limit)} by max_time"
         steps, count = max(0, last - self._first_step), validations(trainer, self._first_step, last)
         seconds = start + steps * per_step + count * (self._per_validation or 0.0)
-        if limit <= seconds and measured <= 0:
-            return limit, f"{in_words(limit)} by max_time"  # the first steps tell too little of how many are done
         if limit <= seconds:
-            done = int(steps * limit / seconds)
-            return limit, f"{in_words(limit)} by max_time (about {done:,} of {steps:,} steps of {each})"
-        parts, several = [f"{_counted(steps, 'step')} of {each}"], _counted(count, "validation")
-        if count and self._per_validation is not None:
-            parts.append(f"{several} of {in_words(self._per_validation)}")
-        if start > 0.05 * seconds:
-            parts.append(f"{in_words(start)} to start")
-        unmeasured = f" and {several}" if count and self._per_validation is None else ""
-        return seconds, f"{in_words(seconds)} ({', '.join(parts)}){unmeasured}"
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number:,} {unit if number == 1 else unit + 's'}"
+            return limit, f"{in_words(limit)} by max_time"
+        of_each = "" if self._per_validation is None else f" of {in_words(self._per_validation)}"
+        validated = f", {plural(count, 'validation')}{of_each}" if count else ""
+        return seconds, f"{in_words(seconds)} ({plural(steps, 'step')} of {in_words(per_step)}{validated})"
 
 
 def _time_left(trainer: Any) -> float:
@@ -184,33 +161,32 @@ def _synchronise(trainer: Trainer) -> None:
         torch.accelerator.synchronize()
 
 
-class ProgressLines(TimedCallback):
+class ProgressLines(Callback):
     """Write progress as lines on standard error when standard output is a file, a pipe or a notebook.
 
-    Each line has the step, the last losses of training and validation, samples per second of all ranks in training
-    time (see :class:`callbacks.throughput.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or
-    ``max_time``, whichever is first, if steps go on to take as long as so far in this process, with validations and
-    checkpoints. The last line has the time since the start, or since the step at which the run was resumed.
+    Each line has the step, the last losses of training and validation, samples per second of all ranks since the first
+    step of this process, without validations, and the time left until ``max_steps``, ``max_epochs`` or ``max_time``,
+    whichever is first, if steps go on to take as long as so far in this process, with validations and checkpoints. The
+    last line has the time since the start, or since the step at which the run was resumed.
     Lightning's progress bars are disabled then. A progress bar of another class stays, and there are no lines; nor are
     there with ``enable_progress_bar=False``.
     """
+
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+    _first: tuple[int, float] | None = None  # step and time after the first batch, which starts workers
 
     def __init__(self) -> None:
         self._writes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         bar = trainer.progress_bar_callback
         self._writes = trainer.is_global_zero and type(bar) in LIGHTNINGS and not can_draw(sys.stdout)
         if self._writes and bar:
             bar.disable()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._log = ProgressLog("fit", self.now)
-        self._samples = self._all_samples = 0
-        self._all_seconds = 0.0
-        self._first: tuple[int, float] | None = None  # step and time after the first batch, which starts workers
+        self._log, self._steps_before = ProgressLog("fit", self.now), trainer.global_step
+        self._first, self._samples, self._validating = None, 0, 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
@@ -219,25 +195,19 @@ class ProgressLines(TimedCallback):
             return
         if self._first is None:
             self._first = trainer.global_step, self.now()
-            self.clock.lap()
         else:
             self._samples += samples_of(trainer, pl_module, batch)
         if self._log.due and trainer.global_step != known_steps(trainer):  # the last line is below
-            rate = per_second(*self._lap(), "samples")
-            self._log.write(_step(trainer), _losses(trainer), rate, _left(self._seconds_left(trainer)))
+            self._log.write(_step(trainer), _losses(trainer), self._rate(), _left(self._seconds_left(trainer)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._writes:
-            self._lap()
-            rate = per_second(self._all_samples, self._all_seconds, "samples")
-            since = f"since step {self.steps_before:,}" if self.steps_before else "in all"
-            self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} {since}")
+            since = f"since step {self._steps_before:,}" if self._steps_before else "in all"
+            self._log.write(_step(trainer), _losses(trainer), self._rate(), f"{duration(self._log.seconds)} {since}")
 
-    def _lap(self) -> tuple[int, float]:
-        samples, seconds = self._samples, self.clock.lap().seconds
-        self._samples, self._all_samples = 0, self._all_samples + samples
-        self._all_seconds += seconds
-        return samples, seconds
+    def _rate(self) -> str:
+        since = self._first[1] if self._first else self.now()
+        return per_second(self._samples, self.now() - since - self._validating, "samples")
 
     def _seconds_left(self, trainer: Trainer) -> float:
         left, steps, (first_step, since) = _time_left(trainer), known_steps(trainer), self._first or (0, 0.0)
@@ -247,11 +217,15 @@ class ProgressLines(TimedCallback):
         return left
 
     def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
+        self._began = self.now()
         if trainer.sanity_checking:
             self._begin("sanity check", trainer.num_sanity_val_batches)
         else:
             self._begin("validation", trainer.num_val_batches)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._first is not None:
+            self._validating += self.now() - self._began
 
     def on_test_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._begin("test", trainer.num_test_batches)

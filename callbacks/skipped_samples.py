@@ -51,15 +51,15 @@ class Tally:
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the number of skipped samples, in total and by reason."""
-        by_reason = {re.sub(r"\W+", "_", reason.lower()).strip("_"): count for reason, count in self._most()}
-        return {name: float(self.counts.total())} | {f"{name}_{key}": float(count) for key, count in by_reason.items()}
-
-    def _most(self) -> list[tuple[str, int]]:
-        return self.counts.most_common(MOST_REASONS)
+        found = {name: float(self.counts.total())}
+        for reason, count in self.counts.most_common(MOST_REASONS):
+            key = re.sub(r"\W+", "_", reason.lower()).strip("_")
+            found[f"{name}_{key}"] = float(count)
+        return found
 
     def __str__(self) -> str:
         skipped = self.counts.total()
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._most())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common(MOST_REASONS))
         of = f"{skipped:,} of {self.drawn:,} samples ({skipped / max(1, self.drawn):.1%})"
         return f"{of} could not be used: {reasons}"
 
@@ -98,15 +98,13 @@ class SkippedSamples(Callback):
         step = trainer.global_step
         logged = trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
         if logged or step & (step - 1) == 0:  # 1, 2, 4, 8, ...: data that are all bad are reported soon
-            self._join(trainer, self.training, "train")
-            self._judge(trainer, self.training, at_end=False)
+            self._judge(trainer, self.training, "train", at_end=False)
         if logged:
             pl_module.log_dict(self.training.metrics("data/skipped"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._active(trainer):
-            self._join(trainer, self.training, "train")
-            self._judge(trainer, self.training, at_end=True)
+            self._judge(trainer, self.training, "train", at_end=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.evaluation = Tally()
@@ -121,8 +119,7 @@ class SkippedSamples(Callback):
         if not self._active(trainer):
             return
         stage = "test" if trainer.testing else "val"
-        self._join(trainer, self.evaluation, stage)
-        self._judge(trainer, self.evaluation, at_end=True)
+        self._judge(trainer, self.evaluation, stage, at_end=True)
         if not trainer.sanity_checking:
             pl_module.log_dict(self.evaluation.metrics(f"data/{stage}_skipped"))
 
@@ -136,16 +133,13 @@ class SkippedSamples(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._active(trainer):
-            self._join(trainer, self.training, "train")
+            self._list(trainer, self.training.join(), "train")
             checkpoint["skipped_samples"] = {"drawn": self.training.drawn, "counts": dict(self.training.counts)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if saved := checkpoint.get("skipped_samples"):
             convert(saved, entries({"drawn": Count, "counts": dict[str, Count]}, total=True), "skipped_samples")
             self.training.drawn, self.training.counts = saved["drawn"], Counter(saved["counts"])
-
-    def _join(self, trainer: Trainer, tally: Tally, stage: str) -> None:
-        self._list(trainer, tally.join(), stage)
 
     def _list(self, trainer: Trainer, skipped: list[tuple[str, str]], stage: str) -> None:
         """Append new samples to the file on the first rank; all ranks have the same list."""
@@ -177,7 +171,8 @@ class SkippedSamples(Callback):
     def _listed_in(self) -> str:
         return f", listed in {self._path}" if self._path else ""
 
-    def _judge(self, trainer: Any, tally: Tally, at_end: bool) -> None:
+    def _judge(self, trainer: Any, tally: Tally, stage: str, at_end: bool) -> None:
+        self._list(trainer, tally.join(), stage)
         limit = float(getattr(trainer.datamodule, "max_skipped", 1.0))
         if tally.too_many(limit, at_end):
             raise InputError(

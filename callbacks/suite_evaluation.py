@@ -1,11 +1,11 @@
 """Run tasks of ``lit-clip evaluate`` during training, and log their metrics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,18 +20,16 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.caption_choice import evaluate_choices
 from lit_clip.evaluation.class_metrics import checked
 from lit_clip.evaluation.classification import TaskOptions, all_targets, check_set_metrics
-from lit_clip.evaluation.data import MissingData, check_classes
+from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias
-from lit_clip.evaluation.other_classes import trained_classes
-from lit_clip.evaluation.places import PlaceRecords, Recorder, place_task, records_arrays
+from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias, trained_classes
+from lit_clip.evaluation.places import PlaceRecords, PlaceTask, records_arrays
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.scores import evaluate_scores
-from lit_clip.evaluation.set_encoding import SetEncoder
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetEncoder, SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import PARTS, encode_texts, task_metrics, used_splits
+from lit_clip.evaluation.tasks import encode_set, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
@@ -40,8 +38,6 @@ from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.fsdp import whole_weights
 from lit_clip.training.lightning.run_folder import run_folder
-
-Result = TypeVar("Result")
 
 
 class SuiteEvaluation(Callback):
@@ -168,7 +164,7 @@ class SuiteEvaluation(Callback):
 
     def _check(self, opened: OpenSet) -> None:
         """Raise :class:`InputError` for settings that would stop a run hours later, at its first evaluation."""
-        metric, test = opened.entry.metric, opened.folds[0].images["test"]
+        metric, test = opened.entry.metric, opened.test
         for fold in opened.folds:
             check_classes({"test": fold.images["test"], "the first fold": test})
             fold.classes = trained_classes(opened.entry, fold.images)
@@ -179,7 +175,7 @@ class SuiteEvaluation(Callback):
                         images.check()
                     except InputError as error:
                         raise InputError(or_skip(str(error), "on_error to skip")) from error
-        encode_texts(opened, lambda: range(len(test)), lambda prompts: torch.zeros(1, len(prompts.names)))
+        encode_texts(opened, lambda prompts: torch.zeros(1, len(prompts.names)))
         for task in opened.tasks:
             if task == "caption_choice":
                 assert opened.choices is not None
@@ -189,14 +185,11 @@ class SuiteEvaluation(Callback):
                 evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
                 check_set_metrics(targets, self.options.metrics)
                 if task == "linear_probe":
-                    self._check_learnable(opened, fold)
-
-    def _check_learnable(self, opened: OpenSet, fold: Fold) -> None:
-        targets = {split: all_targets(opened, fold, split) for split in fold.images}
-        train = Split(torch.zeros(len(targets["train"]), 1), targets["train"])
-        if self.options.l2 is None and "val" not in fold.images:
-            train = held_out(train, 0)[0]
-        LogisticProblem(train.features, train.labels, train.targets.classes)
+                    labels = all_targets(opened, fold, "train")
+                    train = Split(torch.zeros(len(labels), 1), labels)
+                    if self.options.l2 is None and "val" not in fold.images:
+                        train = held_out(train, 0)[0]
+                    LogisticProblem(train.features, train.labels, labels.classes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}
@@ -259,7 +252,8 @@ class SuiteEvaluation(Callback):
             with named(opened.name), torch.autocast(module.device.type, enabled=False):
                 for task in opened.tasks:
                     stem = self._folder and self._folder / f"{task}_{opened.name}"
-                    of_set = from_first_rank(partial(task_metrics, task, current, options, stem))
+                    found = distributed.on_first_rank(partial(task_metrics, task, current, options, stem))
+                    (of_set,) = distributed.gather_objects([found] if found else [])
                     prefix = f"{task}/{opened.name}"
                     result.metrics |= {f"{prefix}/{name}": value for name, value in of_set.metrics.items()}
                     result.baselines |= {f"{prefix}/{name}": value for name, value in of_set.baselines.items()}
@@ -271,35 +265,23 @@ class SuiteEvaluation(Callback):
 
     def encoded(self, model: CLIP, opened: OpenSet) -> OpenSet:
         """Return the set with the features of its images and texts; splits with equal images are encoded once."""
-        several, features = len(opened.folds) > 1, dict[str, SetFeatures]()
+        known: dict[str, SetFeatures] = {}
+
+        def features(images: ImageSet, title: str) -> SetFeatures:
+            stamp = f"{len(images)} {images.stamp()}" if len(opened.folds) > 1 else title
+            if stamp not in known:
+                known[stamp] = self._encoder.encode(model, images, partial(self.features, model), title)
+            return known[stamp]
+
+        def records(images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords:
+            found = records_arrays(self._encoder.steps(model, images, task, title))
+            return PlaceRecords(found["values"], found["rows"].tolist(), [])
+
         folds = [replace(fold, features={}) for fold in opened.folds]
-        recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
-        for number, fold in enumerate(folds, 1) if len(recorded) < len(opened.tasks) else ():
-            for split, images in fold.images.items():
-                stamp = f"{len(images)} {images.stamp()}" if several else split
-                if stamp not in features:
-                    title = opened.name
-                    if len(fold.images) > 1:
-                        title += f" {split}"
-                    if several:
-                        title += f" {number}/{len(folds)}"
-                    rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
-                    features[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
-                fold.features[split] = features[stamp]
         current = replace(opened, folds=folds, probes={}, records={}, **scale_and_bias(model))
         with named(opened.name):
-            encode_texts(current, lambda: folds[0].features["test"].rows, partial(self.classifier, model))
-            for task, recorder in recorded.items():
-                current.records[task] = self._recorded(model, current, recorder)
+            encode_set(current, Encoder(features, partial(self.classifier, model), records), model)
         return current
-
-    def _recorded(self, model: CLIP, opened: OpenSet, recorder: Recorder) -> PlaceRecords:
-        """Return a task's records of the test images."""
-        assert opened.places is not None
-        images = opened.folds[0].images["test"]
-        task = place_task(model, images, opened.places, recorder)
-        found = records_arrays(self._encoder.steps(model, images, task, opened.name))
-        return PlaceRecords(found["values"], found["rows"].tolist(), [])
 
 
 class Retrieval(SuiteEvaluation):
@@ -377,17 +359,3 @@ def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[Non
         finally:
             for average in averages:
                 average.on_validation_end(trainer, module)
-
-
-def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """Compute a result on the first rank while the others wait, and return it on all ranks."""
-    results: list[tuple[Result | None, str]] = []
-    if distributed.rank_and_world()[0] == 0:
-        try:
-            results.append((compute(), ""))
-        except InputError as error:
-            results.append((None, str(error) or type(error).__name__))
-    ((result, reason),) = distributed.gather_objects(results)
-    if reason:
-        raise InputError(reason)
-    return cast(Result, result)

@@ -2,15 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
@@ -23,13 +22,6 @@ from lit_clip.tools import hardware
 FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
 # Of matrix products, by the number of bits in Lightning's name of the precision.
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Lap(NamedTuple):
-    """Seconds of training, and the part in which the loop waited for a batch."""
-
-    seconds: float
-    waited: float
 
 
 class TrainingClock:
@@ -61,12 +53,31 @@ class TrainingClock:
         self._advance()
         self._activities.discard(activity)
 
-    def lap(self) -> Lap:
-        """Return the time since the last lap or the start."""
+    def lap(self) -> tuple[float, float]:
+        """Return the seconds since the last lap, and the part spent waiting for a batch."""
         self._advance()
-        lap = Lap(self._seconds, self._waited)
+        lap = self._seconds, self._waited
         self._seconds = self._waited = 0.0
         return lap
+
+    def follow(self, profiler: Any, activities: set[str]) -> None:
+        """Note activities that Lightning reports to a profiler.
+
+        This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
+        """
+        start, stop = profiler.start, profiler.stop
+
+        def started(action_name: str) -> None:
+            start(action_name)
+            if action_name in activities:
+                self.begin(action_name)
+
+        def stopped(action_name: str) -> None:
+            if action_name in activities:
+                self.end(action_name)
+            stop(action_name)
+
+        profiler.start, profiler.stop = started, stopped
 
 
 def log_interval(trainer: Any) -> int:
@@ -82,113 +93,49 @@ def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
     return step.pairs if step else 0
 
 
-class TimedCallback(Callback):
-    """A callback that measures training time.
-
-    Validations, checkpoints, evaluations between steps (:class:`.SuiteEvaluation`) and the time between two epochs are
-    not counted. Waiting for data is the time in which the loop fetches a batch, which includes
-    the start of data workers and an epoch's first batch. The clock follows what is reported to Lightning's profiler.
-    """
-
-    clock: TrainingClock
-    steps_before = 0  # of the run when this process began to train; 0 unless it was resumed
-    now: Callable[[], float] = staticmethod(time.perf_counter)
-
-    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        self.clock = TrainingClock(self.now)
-        if stage == "fit":
-            keys = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
-            others = (f"[Callback]{key}.on_train_batch_end" for key in keys)
-            _follow(trainer.profiler, self.clock, {FETCH, SAVE, *others})
-
-    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        for name in ("start", "stop"):  # undoes every _follow
-            vars(trainer.profiler).pop(name, None)
-
-    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.steps_before = trainer.global_step
-        self.clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.end("between epochs")
-        self.clock.begin(FETCH)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.begin("between epochs")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.begin("validation")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.end("validation")
-
-
-def _follow(profiler: Profiler, clock: TrainingClock, activities: Collection[str]) -> None:
-    """Report some of the profiler's actions to the clock.
-
-    This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
-    """
-    start, stop = profiler.start, profiler.stop
-
-    def started(action_name: str) -> None:
-        start(action_name)
-        if action_name in activities:
-            clock.begin(action_name)
-
-    def stopped(action_name: str) -> None:
-        if action_name in activities:
-            clock.end(action_name)
-        stop(action_name)
-
-    profiler.start, profiler.stop = started, stopped
-
-
-class Count(NamedTuple):
+@dataclass
+class Count:
     """Work of one rank since the last logged step."""
 
-    samples: int  # drawn, skipped ones included
-    pairs: int  # encoded
-    shared: int  # pairs whose image is encoded for another pair
-    tokens: int  # of the pairs' texts, without padding
-    squares: int  # sum of the texts' squared lengths
-    seconds: float  # of training
-    waited: float  # the part of them spent waiting for data
-    memory: int  # peak so far, in bytes
+    samples: int = 0  # drawn, skipped ones included
+    pairs: int = 0  # encoded
+    shared: int = 0  # pairs whose image is encoded for another pair
+    texts: Any = None  # their tokens without padding, and the sum of their squared lengths; maybe still on a device
+    time: tuple[float, float] = (0.0, 0.0)  # seconds of training, and the part of them spent waiting for data
+    memory: int = 0  # peak so far, in bytes
 
 
 def throughput(
     counts: list[Count], context_length: int, flops: PairFlops | None, peak: float | None
 ) -> dict[str, float]:
     """Return the metrics of :class:`Throughput`; MFU needs ``flops`` and the device's ``peak`` FLOP/s."""
-    seconds = counts[0].seconds  # ranks train in parallel
-    samples, pairs, shared, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:5])
+    seconds = counts[0].time[0]  # ranks train in parallel
+    pairs = sum(count.pairs for count in counts)
+    tokens, squares = (sum(column) for column in zip(*(count.texts for count in counts), strict=True))
     metrics = {
-        "train/samples_per_second": samples / seconds,
-        "train/data_wait_share": max(count.waited / count.seconds for count in counts),
+        "train/samples_per_second": sum(count.samples for count in counts) / seconds,
+        "train/data_wait_share": max(waited / trained for trained, waited in (count.time for count in counts)),
         "train/tokens_per_second": tokens / seconds,
         "train/padded_tokens_per_second": pairs * context_length / seconds,
     }
     if memory := max(count.memory for count in counts):
         metrics["train/peak_memory_gib"] = memory / 2**30
     if flops and peak:
-        computed = flops.total(pairs, tokens, squares) - flops.image * shared
+        computed = flops.total(pairs, tokens, squares) - flops.image * sum(count.shared for count in counts)
         metrics["train/mfu"] = computed / (seconds * peak * len(counts))
     return metrics
 
 
-class Throughput(TimedCallback):
+class Throughput(Callback):
     """Log the throughput of all ranks since the last logged step, every ``log_every_n_steps``.
 
-    Rates and shares are relative to training time, without validations, checkpoints and other evaluations (see
-    :class:`callbacks.throughput.TimedCallback`). Time is the host's; the device is not synchronised.
+    Rates and shares are relative to training time, without validations, checkpoints, evaluations between steps
+    (:class:`.SuiteEvaluation`) and the time between two epochs. Time is the host's; the device is not synchronised.
 
     - ``train/samples_per_second``: pairs. Not logged for the first steps of a resumed run, unless they are a whole
       interval.
     - ``train/data_wait_share``: share of the time, 0 to 1, in which the loop waited for a batch, on the rank that
-      waited longest. A device may still be busy with the step before.
+      waited longest, the start of data workers included. A device may still be busy with the step before.
     - ``train/tokens_per_second``: tokens of the texts, start and end included; ``train/padded_tokens_per_second``:
       what an encoder that pads to the context length would have read instead.
     - ``train/mfu``: model FLOP utilisation, 0 to 1: matrix products, convolutions and attention (causal attention in
@@ -201,24 +148,46 @@ class Throughput(TimedCallback):
       on other devices of the process, without its data workers. Not logged on Windows without a GPU.
     """
 
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
     def __init__(self) -> None:
         self._flops: PairFlops | None = None
         self._peak: float | None = None
-        self._clear()
+        self._count = Count()
 
-    def _clear(self) -> None:
-        self._samples = self._pairs = self._shared = 0
-        self._texts: Tensor | None = None  # their tokens and squares, maybe on a device that is not waited for
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        self._clock = TrainingClock(self.now)
         if stage == "fit":
+            evaluations = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
+            between_steps = {f"[Callback]{key}.on_train_batch_end" for key in evaluations}
+            self._clock.follow(trainer.profiler, {FETCH, SAVE} | between_steps)
             self._peak = device_peak(trainer)
             self._flops = _counted(cast(LitCLIP, pl_module).model) if self._peak else None
 
+    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        for name in ("start", "stop"):  # of the clock
+            vars(trainer.profiler).pop(name, None)
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._clear()
+        self._steps_before = trainer.global_step
+        self._clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
+        self._count = Count()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.end("between epochs")
+        self._clock.begin(FETCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.begin("between epochs")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.begin("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.end("validation")
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -228,8 +197,10 @@ class Throughput(TimedCallback):
         self._add(batch, model)
         if trainer.global_step % interval:
             return
-        own = self._count(trainer)
-        if trainer.global_step - self.steps_before < interval:  # too few for a rate, on every rank
+        own, self._count = self._count, Count()
+        own.texts = (0, 0) if own.texts is None else own.texts.tolist()
+        own.time, own.memory = self._clock.lap(), peak_memory(trainer.strategy.root_device)
+        if trainer.global_step - self._steps_before < interval:  # too few for a rate, on every rank
             return
         # Of frozen layers whose output is stored all would be counted, and nothing is computed.
         flops = None if model.frozen_prefixes else self._flops
@@ -237,20 +208,14 @@ class Throughput(TimedCallback):
         pl_module.log_dict(metrics)
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
-        self._samples += batch.pairs + len(batch.skipped)
-        self._pairs += batch.pairs
-        self._shared += batch.pairs - len(batch.images)
+        count = self._count
+        count.samples += batch.pairs + len(batch.skipped)
+        count.pairs += batch.pairs
+        count.shared += batch.pairs - len(batch.images)
         if batch.pairs:
             lengths = torch.tensor(batch.lengths) if batch.lengths else model.tokenizer.lengths(batch.tokens)
             sums = torch.stack([lengths.sum(), (lengths * lengths).sum()])
-            self._texts = sums if self._texts is None else self._texts + sums.to(self._texts.device)
-
-    def _count(self, trainer: Trainer) -> Count:
-        tokens, squares = (0, 0) if self._texts is None else self._texts.tolist()
-        memory = peak_memory(trainer.strategy.root_device)
-        count = Count(self._samples, self._pairs, self._shared, tokens, squares, *self.clock.lap(), memory)
-        self._clear()
-        return count
+            count.texts = sums if count.texts is None else count.texts + sums.to(count.texts.device)
 
 
 def _counted(model: CLIP) -> PairFlops | None:

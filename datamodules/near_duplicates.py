@@ -4,8 +4,7 @@ The hash holds, for 8 x 8 cells of the image shrunk to 9 x 8, whether the next c
 N. Krawetz, "Kind of Like That", 2013). Resizing or recompressing an image changes few of its bits.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ NEAR_COLOUR = 8  # levels by which the mean red, green or blue may differ
 BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and width; two differing bits leave at least one band equal
 SHOWN = 20  # groups whose members are kept
 NEIGHBOURS = 64  # hashes that each is compared with in a band's order; bounds the work if many are alike
+LOOK = np.dtype([("bits", "u8"), ("colour", "u4"), ("plain", "?")])  # the fields of Look
 
 
 class Look(NamedTuple):
@@ -40,51 +40,35 @@ def look_of(image: Image.Image) -> Look:
     return Look(int.from_bytes(np.packbits(brighter).tobytes(), "big"), red << 16 | green << 8 | blue, plain)
 
 
-@dataclass
-class Looks:
-    """Columns of several :class:`Look`: uint64, uint32 and bool ``[N]``."""
-
-    bits: np.ndarray
-    colours: np.ndarray
-    plain: np.ndarray
-
-    @classmethod
-    def of(cls, looks: Sequence[Look]) -> "Looks":
-        """Return the columns of a sequence of looks."""
-        bits, colours, plain = zip(*looks, strict=True) if looks else ((), (), ())
-        return cls(np.array(bits, np.uint64), np.array(colours, np.uint32), np.array(plain, bool))
-
-
 class LookIndex:
-    """Find a set's look-alikes among other images by looks that agree in a band; skip plain images."""
+    """Find a set's look-alikes among other images by looks (``LOOK``) that agree in a band; skip plain images."""
 
-    def __init__(self, looks: Looks) -> None:
+    def __init__(self, looks: np.ndarray) -> None:
         self.looks = looks
-        usable = np.flatnonzero(~looks.plain)
+        usable = np.flatnonzero(~looks["plain"])
         self._bands = []
         for first, width in BANDS:
-            band = _band(looks.bits[usable], first, width)
+            band = _band(looks["bits"][usable], first, width)
             order = np.argsort(band, kind="stable")
             self._bands.append((first, width, band[order], usable[order]))
 
-    def like(self, others: Looks) -> tuple[np.ndarray, np.ndarray]:
+    def like(self, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the look-alikes: positions in the set and in ``others``, int64 ``[P]`` each; a pair may repeat."""
         found = [self._in_band(others, *band) for band in self._bands]
         left, right = (np.concatenate(side) for side in zip(*found, strict=True))
         return left, right
 
     def _in_band(
-        self, others: Looks, first: int, width: int, band: np.ndarray, order: np.ndarray
+        self, others: np.ndarray, first: int, width: int, band: np.ndarray, order: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        usable = np.flatnonzero(~others.plain)
-        wanted = _band(others.bits[usable], first, width)
+        usable = np.flatnonzero(~others["plain"])
+        wanted = _band(others["bits"][usable], first, width)
         starts, stops = np.searchsorted(band, wanted, "left"), np.searchsorted(band, wanted, "right")
         counts = stops - starts
         right = np.repeat(usable, counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         left = order[np.repeat(starts, counts) + within]
-        ours = self.looks
-        near = _near(ours.bits[left], ours.colours[left], others.bits[right], others.colours[right])
+        near = _near(self.looks[left], others[right])
         return left[near], right[near]
 
 
@@ -106,26 +90,22 @@ def equal_groups(values: np.ndarray) -> Groups:
     return Groups(len(several), int((lengths[several] - 1).sum()), groups)
 
 
-def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Group images that look the same; see :func:`look_labels`."""
-    return equal_groups(look_labels(bits, colours))
-
-
-def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) -> np.ndarray:
+def look_labels(looks: np.ndarray, most: int = NEAR_BITS) -> np.ndarray:
     """Number images from 0, so that images that look the same share a number, int ``[N]``.
 
-    Looks are columns of :class:`Looks`, and may differ in ``most`` bits; of pairs that differ in more than 2, those
-    that agree in a band are found. The ends of a chain of look-alikes may differ more than near pairs.
+    Looks have the fields ``bits`` and ``colour`` of ``LOOK``, and may differ in ``most`` bits; of pairs that differ in
+    more than 2, those that agree in a band are found. The ends of a chain of look-alikes may differ more.
     """
-    order = np.lexsort((colours, bits))
-    bits, colours = bits[order], colours[order]
-    new = np.ones(len(bits), dtype=bool)
+    order = np.lexsort((looks["colour"], looks["bits"]))
+    bits, colours = looks["bits"][order], looks["colour"][order]
+    new = np.ones(len(looks), dtype=bool)
     new[1:] = (bits[1:] != bits[:-1]) | (colours[1:] != colours[:-1])
-    look = np.empty(len(bits), dtype=np.int64)  # number of each image's look among the distinct ones
+    look = np.empty(len(looks), dtype=np.int64)  # number of each image's look among the distinct ones
     look[order] = np.cumsum(new) - 1
-    bits, colours = bits[new], colours[new]
-    pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width, most)]
-    return components(np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T, len(bits))[look]
+    distinct = np.zeros(int(new.sum()), LOOK)
+    distinct["bits"], distinct["colour"] = bits[new], colours[new]
+    pairs = [pair for first, width in BANDS for pair in _near_pairs(distinct, first, width, most)]
+    return components(np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T, len(distinct))[look]
 
 
 def components(links: np.ndarray, number: int) -> np.ndarray:
@@ -142,10 +122,10 @@ def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
     return (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
 
 
-def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int, most: int) -> Iterator[np.ndarray]:
+def _near_pairs(looks: np.ndarray, first: int, width: int, most: int) -> Iterator[np.ndarray]:
     """Yield near pairs of images that agree in a band, int64 ``[P, 2]`` each time."""
-    band = _band(bits, first, width)
-    order = np.lexsort((colours, bits, band))
+    band = _band(looks["bits"], first, width)
+    order = np.lexsort((looks["colour"], looks["bits"], band))
     band = band[order]
     here = np.arange(len(order))
     for step in range(1, NEIGHBOURS + 1):
@@ -154,19 +134,17 @@ def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int, m
         if not len(here):
             return
         left, right = order[here], order[here + step]
-        near = _near(bits[left], colours[left], bits[right], colours[right], most)
+        near = _near(looks[left], looks[right], most)
         yield np.stack([left[near], right[near]], axis=1)
 
 
-def _near(
-    bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray, most: int = NEAR_BITS
-) -> np.ndarray:
+def _near(looks: np.ndarray, others: np.ndarray, most: int = NEAR_BITS) -> np.ndarray:
     """Return whether pairs of looks differ in few bits and little in colour, bool ``[P]``."""
-    differing = bits ^ other_bits
+    differing = looks["bits"] ^ others["bits"]
     for _ in range(most):
         differing = differing & (differing - np.uint64(1))  # clears the lowest set bit; zero stays zero
     near = differing == 0
     for shift in (0, 8, 16):
-        level, other = ((side >> shift & 0xFF).astype(np.int16) for side in (colours, other_colours))
+        level, other = ((each["colour"] >> shift & 0xFF).astype(np.int16) for each in (looks, others))
         near &= np.abs(level - other) <= NEAR_COLOUR
     return near

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 from filelock import FileLock
 
-from lit_clip.cli.overview import CONFIGURED
+from lit_clip.cli.subcommands import CONFIGURED
 from tests.helpers import forks
 
 ROOT = Path(__file__).parents[1]

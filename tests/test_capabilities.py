@@ -38,12 +38,12 @@ CAPABILITIES = {
         [("--help", "  index "), ("search --help", "no such text")],
     ),
     "heads": Capability(
-        [f"lit_clip/commands/{name}.py" for name in ("class_heads", "head_option")],
+        ["lit_clip/commands/class_heads.py"],
         {
             "lit_clip/cli/subcommands.py": [
                 (
                     'HEADS = {"learning": "lit_clip.commands.class_heads:Learning", '
-                    '"head": "lit_clip.commands.head_option:HeadFile"}',
+                    '"head": "lit_clip.commands.class_heads:HeadFile"}',
                     "HEADS: dict[str, str] = {}",
                 )
             ]
@@ -54,7 +54,7 @@ CAPABILITIES = {
         ["lit_clip/commands/locate.py", "lit_clip/commands/demo_locate.py"],
         {
             "lit_clip/cli/subcommands.py": [('    "locate": "lit_clip.commands.locate:locate",\n', "")],
-            "lit_clip/commands/search.py": [('HEAT_MAPS = ["lit_clip.locating.heat_maps"]', "HEAT_MAPS = []")],
+            "lit_clip/commands/search.py": [('HEAT_MAPS = ["lit_clip.locating.overlay"]', "HEAT_MAPS = []")],
             "lit_clip/commands/demo_server.py": [('TABS = {"locate": "lit_clip.commands.demo_locate"}', "TABS = {}")],
         },
         [("--help", "  locate "), ("demo --help", "no such text")],

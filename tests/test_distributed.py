@@ -26,7 +26,6 @@ from tests.helpers import pretended
 from tests.helpers.ranks import CASES
 from tests.helpers.small_sets import write_table
 from tests.helpers.waits import counted
-from tests.models.test_finetune import command
 from tests.test_module import data_for, trainer
 
 Ranks = Callable[..., None]
@@ -133,29 +132,6 @@ def test_the_group_for_values_on_the_cpu_has_the_time_limit_of_the_strategy(
         assert group._get_backend(torch.device("cpu")).options._timeout == limit
     finally:
         dist.destroy_process_group()
-
-
-PRECISIONS = """
-from pathlib import Path
-from lightning.pytorch import Callback
-
-class Noting(Callback):
-    def on_train_start(self, trainer, pl_module):
-        Path(f"precision_{trainer.global_rank}.txt").write_text(str(trainer.precision))
-"""
-
-
-@pytest.mark.slow  # what other tests rely on
-def test_both_ranks_of_a_test_compute_in_float32(cli: Callable[..., Any], caption_table: Path, tmp_path: Path) -> None:
-    """Lightning starts the second rank as a new program, which would choose bfloat16 on processors that have it."""
-    (tmp_path / "precisions.py").write_text(PRECISIONS, encoding="utf-8")
-    words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks+=precisions.Noting"]
-    result = cli(
-        *command(caption_table, *words, "--data.batch_size", "8", "--trainer.max_steps", "1"), forked_ranks=False
-    )
-    assert result.returncode == 0, result.stderr
-    found = [(tmp_path / f"precision_{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
-    assert found == ["32-true", "32-true"]
 
 
 # A training step between two logged ones does not wait for the device, and sends only what it must.

@@ -29,7 +29,7 @@ from PIL import Image
 from lit_clip import load_model
 from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
-from lit_clip.cli.overview import CONFIGURED
+from lit_clip.cli.subcommands import CONFIGURED
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.tools.option_errors import parameters

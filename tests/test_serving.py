@@ -32,9 +32,9 @@ from torch.nn.functional import normalize
 
 import lit_clip
 from lit_clip import CLIP
+from lit_clip.commands.class_heads import HeadFile
 from lit_clip.commands.class_sources import class_probabilities
 from lit_clip.commands.export import export
-from lit_clip.commands.head_option import HeadFile
 from lit_clip.heads import Head, head_from_images, load_head, save_head
 from lit_clip.models.config import (
     CLIPConfig,

@@ -36,7 +36,7 @@ FROM_THE_START = """
 import json, os, sys
 from lit_clip.cli.main import main
 commands = json.loads(sys.argv[1])
-for module in ("lit_clip.embedding.encode", *["lit_clip.cli.lightning"] * (commands[0][0] == "fit")):
+for module in ("lit_clip.embedding.encode", "lightning", *["lit_clip.cli.lightning"] * (commands[0][0] == "fit")):
     __import__(module)
 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # transformers has opened the null device
 for number, words in enumerate(commands):

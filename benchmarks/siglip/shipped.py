@@ -168,7 +168,7 @@ def fit(out: Path, config: Path, changes: Sequence[dict[str, Any]], seed: int, s
     folder = out / f"run-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    table = "datamodules.evaluation.labelled_table.LabelledTable"
+    table = "datamodules.evaluation.LabelledTable"
     sets = {
         name: {
             "images": {"class_path": table, "init_args": {"path": str(out / f"{name}.csv"), "label_column": "caption"}},

@@ -1,21 +1,32 @@
 """``lit-clip embed``: features of images, captions or things, or of the texts in a file."""
 
 import shlex
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lit_clip.embedding.encode import features_of, work_on
-from lit_clip.embedding.encoding_task import (
+import numpy as np
+import torch
+
+from lit_clip.embedding.encode import (
     EncodingSettings,
+    EncodingTask,
+    Work,
+    check_complete,
+    encode,
+    features_of,
     image_task,
     report_skipped,
     text_task,
+    work_on,
 )
-from lit_clip.embedding.feature_files import Identity, check_keys, check_output, write_features
+from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, identities_of
+from lit_clip.embedding.index import combined
 from lit_clip.embedding.precision import check_precision
+from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
@@ -26,22 +37,32 @@ from ..open_source import holds_pairs
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
-from ..pairs.source import Classes, PairSource
+from ..pairs.source import IMAGES_OF, Classes, PairSource
 from .opened import Opened, open_data, readable_rows
-from .things import Things, features_of_things
 
 Fields = Literal["image", "caption", "image,caption"]
 
 
-class _Items(NamedTuple):
-    """Items to encode, sorted by key."""
+class _Features(NamedTuple):
+    """Rows of a file of features."""
 
-    identities: Sequence[Identity]  # distinct; they start with the key, and change with the item
-    images: FileRows | SourcePairs | None = None  # None for texts
-    texts: Sequence[str] = ()  # empty for images
-    content: str = "image"  # or text, or caption
+    names: list[str]
+    features: np.ndarray  # float32 [N, D], of unit length
+    metadata: dict[str, str]
+    unreadable: Sequence[UnreadableRow]  # numbers of keys
+    captions: list[str] | None = None
+    images: list[str] | None = None  # one of each thing
+
+
+class _Items(NamedTuple):
+    """What is encoded, and how: all ranks call the function, and the first one alone gets features."""
+
+    content: str  # text, image, caption or image,caption
+    keys: Sequence[str]  # sorted
+    encode: Callable[[Work], _Features | None]
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
-    stamp: str = ""  # changes with the data as far as the identities do not
+    stamp: str = ""  # changes with the data as far as identities do not
+    things: Sequence[str] = ()  # their names
 
 
 def embed(
@@ -83,108 +104,97 @@ def embed(
     one = bool(given.data) != bool(texts)
     require(one, "give either images or --texts; instead of images also a table or other data")
     check_precision(settings.precision, settings.accelerator)
-    together = fields == "image,caption"
     require(not (texts and fields != "image"), f"--fields {fields}: is for data, not for --texts")
-    require(together or text_weight is None, f"--text_weight {text_weight}: is for --fields image,caption")
+    weighted = fields == "image,caption" or text_weight is None
+    require(weighted, f"--text_weight {text_weight}: is for --fields image,caption")
     require(text_weight is None or 0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
-    if together:
-        opened = open_data(given, settings.on_error, classes, keep, "train")
-        weight = 0.5 if text_weight is None else text_weight
-        _embed_things(opened, model, path, settings, Share.typed(share), weight)
-        return
-    captions = fields == "caption"
-    items = _items_of_texts(Path(texts)) if texts else _items_of(given, captions, classes, keep, settings.on_error)
-    check_keys(path, [key for key, _, _ in items.identities])
-    if items.images is None:
-        settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
-    _embed(items, model, path, settings, Share.typed(share))
-
-
-def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
-    """Encode items and write their features; ranks other than the first only encode."""
-    encoders = ["image"] if items.images is not None else ["text"]
-    stamp = f"{items.content} {items.stamp}"
-    with work_on(path, model, stamp, settings, share, encoders) as (clip, parts, metadata):
-        if items.images is None:
-            task = text_task(clip, items.texts, items.identities)
-        else:
-            task = image_task(clip, items.images, items.identities)
-        table = features_of(clip, task, parts, settings)
-        if table is None:
-            return
-        metadata["logit_scale"] = str(float(clip.logit_scale.detach().exp()))  # for who learns from the features
-        metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
-        texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
-        captions = [texts_of[identity] for identity in table.identities] if texts_of else None
-        write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
-        keys = [key for key, _, _ in items.identities]
-        report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
-        parts.remove()
-        _tell(path, table.features.shape, model, searched=items.content == "image")
-
-
-def _embed_things(
-    opened: Opened, model: str, path: Path, settings: EncodingSettings, share: Share, text_weight: float
-) -> None:
-    """Write a feature of each thing; ranks other than the first only encode."""
-    root = _root(opened)
-    things = Things.of(opened.pairs, root, settings.on_error)
-    check_keys(path, [*things.by_name, *things.rows])
-    with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:
-        found = features_of_things(work, opened.pairs, things, settings, text_weight)
+    weight = 0.5 if text_weight is None else text_weight
+    items = _texts(Path(texts), settings) if texts else _items_of(given, fields, classes, keep, settings, weight)
+    check_keys(path, [*items.things, *items.keys])
+    encoders = {"image": ["image"], "image,caption": ["image", "text"]}.get(items.content, ["text"])
+    with work_on(path, model, f"{items.content} {items.stamp}", settings, Share.typed(share), encoders) as work:
+        found = items.encode(work)
         if found is None:
             return
-        metadata = work.metadata | {"content": "image,caption", "text_weight": f"{text_weight:g}"}
-        metadata |= {"root": str(root)} if root is not None else {}
-        images = found.images if things.grouped else None
-        write_features(path, found.names, found.features, metadata, images=images)
-        report_skipped(found.keys, found.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        metadata = work.metadata | found.metadata | ({} if items.root is None else {"root": str(items.root)})
+        write_features(path, found.names, found.features, metadata, found.captions, found.images)
+        report_skipped(items.keys, found.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         work.parts.remove()
-        lost = len(things.by_name) - len(found.names)
-        if lost:
-            stderr().print(f"{plural(lost, 'thing')} left out: none of their images can be read")
-        _tell(path, found.features.shape, model, searched=True)
-
-
-def _tell(path: Path, shape: tuple[int, ...], model: str, searched: bool) -> None:
-    stderr().print(f"{path}: {shape[0]} rows of {shape[1]} numbers")
-    if searched:
+    stderr().print(f"{path}: {found.features.shape[0]} rows of {found.features.shape[1]} numbers")
+    if "image" in encoders:
         stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
 
 
-def _root(opened: Opened) -> Path | None:
-    """Return the folder from which image keys are paths; None if keys are not paths."""
-    every = opened.every
-    return every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
+def _of_one_kind(
+    work: Work, task: EncodingTask, settings: EncodingSettings, content: str, captions: Mapping[Identity, str]
+) -> _Features | None:
+    """Encode images or texts, each by itself."""
+    table = features_of(work.model, task, work.parts, settings)
+    if table is None:
+        return None
+    scale = str(float(work.model.logit_scale.detach().exp()))  # for who learns from the features
+    texts = [captions[identity] for identity in table.identities] if captions else None
+    names, metadata = [key for key, _, _ in table.identities], {"logit_scale": scale, "content": content}
+    return _Features(names, table.features, metadata, table.unreadable, texts)
 
 
-def _items_of_texts(path: Path) -> _Items:
+def _texts(path: Path, settings: EncodingSettings) -> _Items:
     texts = sorted({line.strip() for line in read_text(path, "--texts").splitlines() if line.strip()})
     require(bool(texts), f"{path}: no text in this file; write one per line")
-    return _Items([(text, 0, 0) for text in texts], texts=texts, content="text")
+    return _items_of_texts("text", {(text, 0, 0): text for text in texts}, settings)
+
+
+def _items_of_texts(content: str, texts: Mapping[Identity, str], settings: EncodingSettings, stamp: str = "") -> _Items:
+    identities = sorted(texts)
+    settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
+
+    def encode_texts(work: Work) -> _Features | None:
+        task = text_task(work.model, [texts[each] for each in identities], identities)
+        return _of_one_kind(work, task, settings, content, texts if content == "caption" else {})
+
+    return _Items(content, [key for key, _, _ in identities], encode_texts, stamp=stamp)
+
+
+def _items_of_images(
+    rows: FileRows | SourcePairs,
+    identities: Sequence[Identity],
+    settings: EncodingSettings,
+    root: Path | None,
+    stamp: str,
+) -> _Items:
+    def encode_images(work: Work) -> _Features | None:
+        return _of_one_kind(work, image_task(work.model, rows, identities), settings, "image", {})
+
+    return _Items("image", [key for key, _, _ in identities], encode_images, root, stamp)
 
 
 def _items_of(
-    given: DataOptions, captions: bool, classes: Classes, keep: str | list[str] | None, on_error: OnError
+    given: DataOptions,
+    fields: Fields,
+    classes: Classes,
+    keep: str | list[str] | None,
+    settings: EncodingSettings,
+    text_weight: float,
 ) -> _Items:
-    """List image files, or open a source of pairs and list its images or captions."""
+    """List image files, or open a source of pairs and list its images, captions or things."""
     pairs = [name for name in given.data if holds_pairs(name)]
     unset = given == DataOptions(given.data) and classes == Classes()
-    if not pairs and not captions and unset and keep is None:
-        files = find_images(given.data, on_error)
-        return _Items([file.identity for file in files], FileRows(files), root=Path())
-    if 0 < len(pairs) < len(given.data):
+    if not pairs and fields == "image" and unset and keep is None:
+        files = find_images(given.data, settings.on_error)
+        return _items_of_images(FileRows(files), [file.identity for file in files], settings, Path(), "")
+    if 0 < len(pairs) < len(given.data) and fields != "image,caption":
         other = next(name for name in given.data if name not in pairs)
         raise InputError(f"{other}: holds images, and {pairs[0]} pairs; embed them into separate files")
-    opened = open_data(given, on_error, classes, keep, "train")
-    source, root, stamp = opened.pairs, _root(opened), opened.stamp()
-    if captions:
-        texts = _captions_of(source, on_error)
-        identities = sorted(texts)
-        return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
-    rows = _rows_of_images(source, on_error)
-    identities = identities_of(sorted(rows), root)
-    return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
+    opened = open_data(given, settings.on_error, classes, keep, "train")
+    source, every = opened.pairs, opened.every
+    root = every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
+    if fields == "caption":
+        return _items_of_texts("caption", _captions_of(source, settings.on_error), settings, opened.stamp())
+    if fields == "image,caption":
+        return _things(opened, root, settings, text_weight)
+    rows = dict(sorted(_rows_of_images(source, settings.on_error).items()))
+    images = SourcePairs(source, list(rows.values()))
+    return _items_of_images(images, identities_of(list(rows), root), settings, root, opened.stamp())
 
 
 def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
@@ -203,12 +213,62 @@ def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
 def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
     """Return the distinct captions of all keys; each identity has the key and the caption's number."""
     texts: dict[Identity, str] = {}
-    seen: dict[str, dict[str, None]] = {}
+    seen = defaultdict[str, dict[str, None]](dict)
     for _, key, captions, _ in readable_rows(source, on_error):
-        known = seen.setdefault(key, {})
         for caption in captions:
-            if caption not in known:
-                texts[key, len(known), stable_hash(caption)] = caption
-                known[caption] = None
+            if caption not in seen[key]:
+                texts[key, len(seen[key]), stable_hash(caption)] = caption
+                seen[key][caption] = None
     require(bool(texts), "no caption could be read")
     return texts
+
+
+def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_weight: float) -> _Items:
+    """List things: groups, or else images with their captions.
+
+    A thing's feature is the direction of ``text_weight`` times the mean of its captions' unit features, plus the rest
+    times that of its images: the more its mean cosine with a query, the nearer it is. One none of whose images can be
+    read is left out.
+    """
+    images_of, captions_of = defaultdict[str, dict[str, None]](dict), defaultdict[str, dict[str, None]](dict)
+    rows: dict[str, int] = {}  # the first row of each image
+    grouped = False
+    for row, key, captions, group in readable_rows(opened.pairs, settings.on_error):
+        name = group.removeprefix(IMAGES_OF) or key
+        images_of[name][key] = None
+        captions_of[name] |= dict.fromkeys(captions)
+        rows.setdefault(key, row)
+        grouped |= bool(group)
+    keys = sorted(rows)
+    texts = sorted({caption for captions in captions_of.values() for caption in captions})
+
+    def encode_things(work: Work) -> _Features | None:
+        pairs = SourcePairs(opened.pairs, [rows[key] for key in keys])
+        # no image has such an identity, as its file has more than a byte
+        captions = text_task(work.model, texts, [(text, 1, stable_hash(text)) for text in texts])
+        encode(work.model, captions, work.parts, replace(settings, num_workers=0), title="captions")
+        images = image_task(work.model, pairs, identities_of(keys, root))
+        table = features_of(work.model, images, work.parts, settings, title="images")
+        if table is None:
+            return None
+        of_text = collect(captions.identities, work.parts.read(FeatureTable.of))
+        check_complete(len(of_text.identities), len(texts), [], "captions")
+        image_rows = {key: row for row, (key, _, _) in enumerate(table.identities)}
+        text_rows = {text: row for row, text in enumerate(texts)}
+        found = {name: [key for key in images_of[name] if key in image_rows] for name in sorted(images_of)}
+        names = [name for name, readable in found.items() if readable]
+        image_ND = _means(table.features, [[image_rows[key] for key in found[name]] for name in names])
+        text_ND = _means(of_text.features, [[text_rows[text] for text in captions_of[name]] for name in names])
+        if len(names) < len(found):
+            lost = plural(len(found) - len(names), "thing")
+            stderr().print(f"{lost} left out: none of their images can be read")
+        shown = [found[name][0] for name in names] if grouped else None
+        metadata = {"content": "image,caption", "text_weight": f"{text_weight:g}"}
+        features = combined(image_ND, text_ND, text_weight).numpy()
+        return _Features(names, features, metadata, table.unreadable, images=shown)
+
+    return _Items("image,caption", keys, encode_things, root, opened.stamp(), list(images_of))
+
+
+def _means(features: np.ndarray, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([features[each].mean(axis=0) for each in rows]))

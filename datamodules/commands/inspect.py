@@ -16,11 +16,11 @@ from lit_clip.tools.html import page_path
 from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
-from ..inspection.page import SummarySection, find_duplicates, findings_section, summarize, write_inspection
+from ..inspection.page import Inspection, Summary, find_duplicates, summarize, write_inspection
 from ..inspection.scan import ScanFindings, inspect_source, scan
 from ..open_source import stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
-from ..pairs.source import PairSource, SkippedRows, numbered
+from ..pairs.source import PairSource, numbered
 from .opened import Opened, open_data
 
 PAPERS_CONTEXT = 77
@@ -74,23 +74,18 @@ def inspect(
         copies = find_copies(findings, source, num_workers)
         lines = scan_lines(source, findings, copies, leaks, tokenizer)
         counts, command = write_findings(table, lines, source, given)
-        sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
+        inspection = Inspection(name, source, findings, duplicates, tokenizer.context_length)
+        summary = summarize(inspection, counts)
         replaced = " (replaces the one before)" if page.exists() else ""
-        beside = (table.name, command) if counts else None
-        write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
+        write_inspection(page, inspection, summary, (table.name, command) if counts else None)
         parts.remove()
-    _print(name, sections, findings, source.left_out)
+    _print(inspection, summary)
     stderr().print(f"page with images: {page}{replaced}")
-    _check_usable(name, findings)
-    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
-    stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
-
-
-def _check_usable(name: str, findings: ScanFindings) -> None:
-    """Raise :class:`InputError` if no pair is left."""
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
+    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
+    stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
 
 
 def _opened(given: DataOptions, default_split: str | None = None) -> Opened:
@@ -123,17 +118,17 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     return tokenizer.with_context(context_length) if context_length else tokenizer
 
 
-def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: SkippedRows) -> None:
-    console = Console(file_width=120)
-    table = Table(title=Text(data), show_header=False)
+def _print(inspection: Inspection, summary: Summary) -> None:
+    findings, left_out = inspection.findings, inspection.source.left_out
+    table = Table(title=Text(inspection.name), show_header=False)
     table.add_column("", overflow="fold")
     table.add_column("", overflow="fold")
-    for section in sections:
+    for title, lines in summary.items():
         table.add_section()
-        table.add_row(Text(section.title, style="bold"), "")
-        for line in section.lines:
+        table.add_row(Text(title, style="bold"), "")
+        for line in lines:
             table.add_row(Text(f"  {line.name}"), Text(line.value, style="yellow" if line.wrong else ""))
-    console.print(table)
+    Console(file_width=120).print(table)
     wrong = [line for _, _, line in findings.problems] + [f"{where}: {reason}" for where, reason in left_out.listed]
     for line in wrong[:SHOWN]:
         stderr().print(line)

@@ -2,15 +2,14 @@
 
 import json
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_clip.embedding.encode import Work, features_of, work_on
-from lit_clip.embedding.encoding_task import EncodingSettings, image_task, text_task
+from lit_clip.embedding.encode import EncodingSettings, Work, features_of, image_task, text_task, work_on
 from lit_clip.embedding.feature_files import Identity, check_output
 from lit_clip.embedding.precision import check_precision
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
@@ -53,29 +52,21 @@ def mine(
     check_output(path, [".jsonl"])
     check_precision(settings.precision, settings.accelerator)
     opened = open_data(given, settings.on_error, keep=keep, default_split="train")
-    root, rows = _root(opened.every, given.data), list(readable_rows(opened.pairs, settings.on_error))
+    source = opened.every
+    if not isinstance(source, ColumnPairs) or not isinstance(source.cells(0).image, str):
+        data = ", ".join(given.data)
+        raise InputError(f"{data}: its images are not files, which a table could name; unpack them first")
+    root = without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
+    rows = list(readable_rows(opened.pairs, settings.on_error))
     require(bool(rows), "none of the pairs can be read")
     with work_on(path, model, opened.stamp(path), settings) as work:
         found = _mined(opened.pairs, rows, work, settings, window)
         if found is not None:
-            _write(path, rows, found)
-            _tell(path, rows, found, root)
-
-
-def _root(source: PairSource, data: list[str]) -> str:
-    """Return the folder or address from which image names start."""
-    files = isinstance(source, ColumnPairs) and isinstance(source.cells(0).image, str)
-    require(files, f"{', '.join(data)}: its images are not files, which a table could name; unpack them first")
-    assert isinstance(source, ColumnPairs)
-    return without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
+            _write(path, rows, found, root)
 
 
 def _mined(
-    source: PairSource,
-    rows: Sequence[PairRow],
-    work: Work,
-    settings: EncodingSettings,
-    window: MiningWindow,
+    source: PairSource, rows: Sequence[PairRow], work: Work, settings: EncodingSettings, window: MiningWindow
 ) -> dict[str, list[str]] | None:
     """Return the hard negatives of each readable image, by its key; None on ranks other than the first."""
     clip, parts = work.model, work.parts
@@ -93,9 +84,8 @@ def _mined(
         return None
     keys = [key for key, _, _ in image_table.identities]
     own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
-    mined = hard_negatives(
-        image_table.features, text_table.features, [own[key] for key in keys], [other[key] for key in keys], window
-    )
+    own_of, other_of = [own[key] for key in keys], [other[key] for key in keys]
+    mined = hard_negatives(image_table.features, text_table.features, own_of, other_of, window)
     every = list(texts.values())
     found = {key: [every[number] for number, _ in each] for key, each in zip(keys, mined, strict=True)}
     parts.remove()
@@ -114,7 +104,8 @@ def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[di
     return own, {key: set().union(*(of_group[group] for group in groups[key])) for key in own}
 
 
-def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]]) -> None:
+def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
+    """Write the table, and print how to train on it."""
     grouped = any(row.group for row in rows)
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -122,16 +113,10 @@ def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]]) -> 
                 group = {"group": row.group} if grouped else {}
                 line = {"image": row.key, "caption": row.captions, **group, "negative": found[row.key]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _tell(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
-    counts = Counter(len(found[key]) for key in found)
-    none = f"; {counts[0]:,} have none" if counts[0] else ""
-    total = sum(number * count for number, count in counts.items())
-    stderr().print(f"{path}: {total:,} hard negatives of {len(found):,} images{none}")
+    counts = [len(each) for each in found.values()]
+    none = f"; {counts.count(0):,} have none" if 0 in counts else ""
+    stderr().print(f"{path}: {sum(counts):,} hard negatives of {len(found):,} images{none}")
     words = ["lit-clip", "fit", "--data.train", str(path), "--data.columns.negative", "negative"]
-    if any(row.group for row in rows):
-        words += ["--data.columns.group", "group"]
-    if root != str(path.parent):
-        words += ["--data.columns.root", root]
+    words += ["--data.columns.group", "group"] if grouped else []
+    words += ["--data.columns.root", root] if root != str(path.parent) else []
     stderr().print(f"train on them: {shlex.join(words)}")

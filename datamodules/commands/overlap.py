@@ -1,31 +1,52 @@
 """``lit-clip overlap``: find evaluation images in training data, and measure how much they help a model."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.table import Column, Table
+from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.precision import Precision, check_precision
-from lit_clip.errors import require
+from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.precision import Precision, autocast, check_precision
+from lit_clip.embedding.reading import UnreadableRow, row_means
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
+from lit_clip.evaluation.set_encoding import SetRows
+from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import naming
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
-from ..overlap.findings import By, SetFindings, findings_of, leaked_rows
+from ..evaluation.own_classes import ImageFolderClasses
 from ..overlap.page import percent, points, write_overlap
-from ..overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
-from ..overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
-from ..pairs.findings import Counts, DataOptions, write_findings
+from ..overlap.search import (
+    By,
+    EncodedImages,
+    Searched,
+    SetFindings,
+    SourceRows,
+    encode_images,
+    findings_of,
+    leaked_rows,
+)
+from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import Columns, PairSource
 from .opened import open_data
 
@@ -54,7 +75,7 @@ def overlap(
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
     The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
-    A hidden folder beside the output caches features and search results; an interrupted run resumes from it.
+    A hidden folder beside the output caches features; an interrupted run resumes from it.
 
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
@@ -74,89 +95,155 @@ def overlap(
         num_workers: number of data workers.
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
     """
-    path = _output(output)
-    check_precision(precision)
-    opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
-    thresholds = read_thresholds(threshold, list(opened))
-    check_prompts(opened)
-    require(bool(train), "--train: name a table, a folder or shards")
-    data = DataOptions(train, columns, split)
-    opened_data = open_data(data)
-    source = opened_data.every
-    outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
-    with claimed(*outputs):
-        clip = load_model(model).to(best_device())
-        described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-        stamp = opened_data.stamp(*outputs)
-        cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
-        least = min(LEAST_KEPT, *thresholds.values())
-        queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
-        findings = _judged(clip, opened, queries, found, thresholds, by, precision)
-        leaks = leaked_rows(found, list(queries.values()), findings, by, source)
-        written = write_findings(outputs[0], leaks, source, data)
-        _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
-
-
-def _output(output: str) -> Path:
     path = Path(output)
     require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
     require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
-    return path
+    check_precision(precision)
+    settings = EncodingSettings(batch_size, num_workers, precision, "skip")
+    opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
+    thresholds = read_thresholds(threshold, list(opened))
+    for name, each in opened.items():  # class names that do not fit are refused before the training data are read
+        with naming(name):
+            _prompts(each)
+    require(bool(train), "--train: name a table, a folder or shards")
+    data = DataOptions(train, columns, split)
+    training = open_data(data)
+    outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
+    with claimed(*outputs):
+        clip = load_model(model)
+        described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
+        cache = path.with_name(f".{path.stem}.found")
+        stamp = [described["fingerprint"], precision, training.stamp(*outputs)]
+        searched, unreadable = _searched(clip, opened, thresholds, training.every, cache, stamp, settings)
+        clip.to(best_device())
+        findings = {}
+        for name, each in opened.items():
+            correct = recognised(clip, each, searched[name].images, precision)
+            findings[name] = findings_of(each.images, searched[name], by, correct)
+        leaks = leaked_rows(findings, by, training.every)
+        counts, command = write_findings(outputs[0], leaks, training.every, data)
+        figures = {
+            "data": train,
+            "images": len(training.every) - len(unreadable),
+            "skipped": dict(Counter(row.reason for row in unreadable)),
+            "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
+        }
+        report = _report(findings, described, figures, by)
+        _write(path, report, findings, training.every, command if counts else "")
+
+
+class EvaluationSet(NamedTuple):
+    """A set to search the training data for, and its entry in the suite, which names the classes."""
+
+    images: ImageSet
+    entry: SuiteEntry
+
+
+def open_sets(
+    folders: Sequence[str], suites: Sequence[str], names: Sequence[str] | None, data_root: Path, templates: list[str]
+) -> dict[str, EvaluationSet]:
+    """Open the sets; skip a suite's missing sets with a note, unless they were named."""
+    require(bool(folders or suites), "no evaluation set; name a folder of classes before the options, or a --suite")
+    require(not names or bool(suites), "--sets: needs a --suite")
+    opened: dict[str, EvaluationSet] = {}
+    for folder in folders:
+        name = os.path.basename(os.path.realpath(folder))  # Path.resolve fails for a link to itself
+        require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
+        entry = SuiteEntry({"class_path": "lit_clip.datamodules.ImageFolderClasses"}, templates=templates)
+        opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)
+    entries = read_suite(suites) if suites else {}
+    for name in names or []:
+        require(name in entries, f"--sets {name}: not in the suite; it has {', '.join(entries)}")
+    for name, entry in entries.items():
+        if names and name not in names:
+            continue
+        require(name not in opened, f"--sets {name}: a folder has the same name; rename it")
+        try:
+            opened[name] = EvaluationSet(entry.open("test", 0, data_root), entry)
+        except MissingData as error:
+            if names:
+                raise
+            stderr().print(f"skipped: {name}: {error}")
+    require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}; set --data_root")
+    return opened
+
+
+def _prompts(each: EvaluationSet) -> Prompts | None:
+    """Return the prompts of a set's classes; None unless each image has one class."""
+    images = each.images
+    if not isinstance(images, LabelledImages) or images.truth.relevance is not None:
+        return None
+    return prompts_of_set(each.entry, images)
+
+
+def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`."""
+    found = dict.fromkeys(names, 0.95)
+    for word in sorted(words, key=lambda word: "=" in word):  # that for all sets first
+        name, _, value = word.rpartition("=")
+        require(not name or name in names, f"--threshold {word}: no set named {name}; there are {', '.join(names)}")
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise InputError(f"--threshold {value}: must be a number") from error
+        require(-1 <= number <= 1, f"--threshold {value}: must be between -1 and 1, as cosine similarities are")
+        found |= {name: number} if name else dict.fromkeys(names, number)
+    return found
+
+
+def recognised(
+    model: CLIP, each: EvaluationSet, encoded: EncodedImages, precision: Precision = "32-true"
+) -> Tensor | None:
+    """Return whether the model's first prediction is right, bool ``[N]``; None unless each image has one class."""
+    images, prompts = each.images, _prompts(each)
+    if prompts is None or not isinstance(images, LabelledImages):
+        return None
+    items, counts = np.unique(encoded.rows, return_counts=True)
+    features = row_means(torch.from_numpy(encoded.features), counts.tolist())
+    labels = torch.tensor(images.labels())[torch.from_numpy(items)]
+    with autocast(model.device, precision):
+        classifier = text_classifier(model, prompts, None).cpu().float()
+    return (features @ classifier).argmax(dim=1) == labels
 
 
 def _searched(
     clip: CLIP,
     opened: Mapping[str, EvaluationSet],
-    source: PairSource,
-    folder: Path,
-    settings: list[str],
-    how: tuple[int, int, Precision, float],
-) -> tuple[dict[str, Queries], NearestFound]:
-    """Load or compute each set's features and looks, and the nearest training images of all sets."""
-    make_folder(folder)
-    sets = {}
-    for name, each in opened.items():
-        kind = type(each.images).__qualname__
-        settings.append(hex_digest([*settings[:2], kind, each.images.stamp(), len(each.images)]))
-        path = folder / f"set-{settings[-1]}.npz"
-        found = Queries.load(path)
-        if found is None or found.bad:  # the unreadable images may have been fixed
-            found = Queries.compute(clip, each.images, name, *how[:3])
-            found.save(path)
-        sets[name] = found
-    sizes = [len(each.items) for each in sets.values()]
-    path = folder / f"search-{hex_digest([settings, sizes, how[3]])}.npz"
-    return sets, search(clip, joined(list(sets.values())), source, path, *how)
-
-
-def _judged(
-    clip: CLIP,
-    opened: Mapping[str, EvaluationSet],
-    queries: Mapping[str, Queries],
-    found: NearestFound,
     thresholds: Mapping[str, float],
-    by: By,
-    precision: Precision,
-) -> dict[str, SetFindings]:
-    findings, start = {}, 0
+    source: PairSource,
+    cache: Path,
+    stamp: Sequence[str],
+    settings: EncodingSettings,
+) -> tuple[dict[str, Searched], list[UnreadableRow]]:
+    """Encode all images that the ``cache`` lacks, compare them, and return the unreadable training images."""
+    make_folder(cache)
+    device = best_device()
+    searched = {}
     for name, each in opened.items():
-        ours, stop = queries[name], start + len(queries[name].items)
-        correct = recognised(clip, each, ours, precision)
-        findings[name] = findings_of(each.images, ours, _part(found, start, stop), thresholds[name], by, correct)
-        start = stop
-    return findings
+        images, size = each.images, len(each.images)
+        parts = _parts(cache, "set", *stamp[:2], type(images).__qualname__, images.stamp(), size)
+        bad = encode_images(clip, SetRows(images), parts, settings, name, images.several)
+        check_complete(size - len(bad), size, bad, f"images of {name}")
+        searched[name] = Searched(EncodedImages.joined(parts), [row.message for row in bad], thresholds[name], device)
+    parts = _parts(cache, "training", *stamp)
+    unreadable = encode_images(clip, SourceRows(source), parts, settings, "training images")
+    check_complete(len(source) - len(unreadable), len(source), unreadable, "training images")
+    for part in parts.read(EncodedImages.of):
+        for batch in part.batches(settings.batch_size):
+            for each in searched.values():
+                each.add(batch)
+    return searched, unreadable
+
+
+def _parts(cache: Path, kind: str, *stamp: object) -> Parts:
+    digest = hex_digest([__version__, *stamp])
+    return Parts(cache / f"{kind}-{digest[:16]}", digest)
 
 
 def _write(
-    path: Path,
-    report: Mapping[str, Any],
-    findings: Mapping[str, SetFindings],
-    source: PairSource,
-    leaks: Counts,
-    command: str,
+    path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource, command: str
 ) -> None:
-    """Write and print the results; ``command`` trains on the images that are in no set."""
-    command = command if leaks else ""
+    """Write and print the results; ``command`` trains on the images that are in no set, empty if none is in one."""
     with replacing(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":
@@ -167,39 +254,23 @@ def _write(
         stderr().print(f"train on the rest: {command}")
 
 
-def _part(found: NearestFound, start: int, stop: int) -> NearestFound:
-    """Return the results for one set."""
-    here = slice(start, stop)
-    nearest = type(found.nearest)(*(column[here].cpu() for column in found.nearest))
-    looks = {"look_rows": found.look_rows[here], "look_names": found.look_names[here]}
-    return replace(found, nearest=nearest, names=found.names[here], **looks)
-
-
-def _report(
-    judged: Mapping[str, SetFindings], found: NearestFound, rows: int, model: dict[str, str], train: list[str], by: By
-) -> dict[str, Any]:
+def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any], by: By) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
         sets[name] = {
-            "threshold": findings.threshold,
+            "threshold": findings.searched.threshold,
             **asdict(findings.overlap),
             "p_value_bonferroni": p_value,
-            "skipped": findings.bad,
+            "skipped": findings.searched.bad,
             "thresholds": [{"threshold": value, **asdict(other)} for value, other in findings.tried],
             "pairs": findings.pairs(),
         }
-    unread = found.reasons.total()
     return {
         "lit_clip": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model,
-        "train": {
-            "data": train,
-            "images": rows - unread,
-            "skipped": dict(found.reasons),
-            "skipped_lines": found.bad[:LISTED_BAD],
-        },
+        "train": train,
         "by": by,
         "interval_confidence": CONFIDENCE,
         "sets": sets,

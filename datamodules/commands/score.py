@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from lit_clip.embedding.encode import work_on
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
+from lit_clip.embedding.encode import EncodingSettings, check_complete, work_on
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.precision import check_precision
@@ -15,7 +14,7 @@ from lit_clip.tools.shares import Share
 from ..pairs.batches import SourcePairs
 from ..pairs.decisions import ALL_PAIRS, label_of
 from ..pairs.findings import DataOptions
-from ..pairs.score_files import Filtered, PairFilters, ScoreFile, write_scores
+from ..pairs.score_files import PairFilters, ScoreFile, write_scores
 from ..pairs.source import Classes
 from .opened import open_data
 
@@ -53,44 +52,31 @@ def score(
         share: i/n, such as 3/16: score the third sixteenth, beside other jobs; when all have ended, the same command
             without it joins their work.
     """
+    path, part = Path(output), Share.typed(share)
     filters = PairFilters(fraction, threshold, min_caption_words, min_image_dim)
-    counts = _scored_or_filtered(given, model, classes, Path(output), settings, filters, Share.typed(share))
-    for name, count in counts.removed.items() if counts else ():
+    check_output(path, [".parquet"])
+    if len(given.data) == 1 and ScoreFile.is_one(Path(given.data[0])):
+        has = f"{given.data[0]} has scores already"
+        require(model is None, f"--model: {has}; leave it out, or give the data themselves")
+        require(share is None, f"--share: {has}, and filtering takes no jobs; leave it out")
+        with claimed(path):
+            file = ScoreFile(Path(given.data[0]))
+            counts = write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
+    else:
+        require(not given.data or model is not None, "--model: not given; it is needed to score pairs")
+        check_precision(settings.precision, settings.accelerator)
+        opened = open_data(given, settings.on_error, classes, default_split="train")
+        source = opened.every
+        with work_on(path, str(model), opened.stamp(path), settings, part) as (clip, parts, metadata):
+            unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
+            if unreadable is None or parts.shared():
+                return
+            check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
+            metadata |= {"data": json.dumps(given.data)}
+            pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
+            counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
+            parts.remove()
+    for name, count in counts.removed.items():
         if count:
             stderr().print(f"{name}: {count:,} removed")
-    if counts:
-        stderr().print(f"{output}: {counts.pairs:,} pairs, {counts.kept:,} kept")
-
-
-def _scored_or_filtered(
-    given: DataOptions,
-    model: str | None,
-    classes: Classes,
-    path: Path,
-    settings: EncodingSettings,
-    filters: PairFilters,
-    share: Share,
-) -> Filtered | None:
-    """Write the table; return None on ranks other than the first, and for a share of the work."""
-    check_output(path, [".parquet"])
-    data = given.data
-    if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
-        require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
-        require(share == Share(), f"--share: {data[0]} has scores already, and filtering takes no jobs; leave it out")
-        with claimed(path):
-            file = ScoreFile(Path(data[0]))
-            return write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
-    require(not data or model is not None, "--model: not given; it is needed to score pairs")
-    check_precision(settings.precision, settings.accelerator)
-    opened = open_data(given, settings.on_error, classes, default_split="train")
-    source = opened.every
-    with work_on(path, str(model), opened.stamp(path), settings, share) as (clip, parts, metadata):
-        unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
-        if unreadable is None or parts.shared():
-            return None
-        check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
-        metadata |= {"data": json.dumps(data)}
-        pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
-        counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
-        parts.remove()
-        return counts
+    stderr().print(f"{output}: {counts.pairs:,} pairs, {counts.kept:,} kept")

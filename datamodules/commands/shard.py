@@ -10,8 +10,8 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
 from ..pairs.findings import DataOptions
 from ..pairs.kept import digest_of_kept
-from ..pairs.source import COLUMNS, Columns, PairSource
-from ..shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
+from ..pairs.source import COLUMNS, Columns
+from ..shards.writing import MANIFEST, ShardWriter, keep_manifest, manifest_of, write_shards
 from .opened import open_data
 
 
@@ -64,16 +64,12 @@ def shard(
     with claimed(folder, share=writer.share):
         keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
         counts = write_shards(writer, num_workers)
-    if share is None:
-        _report(source, folder, len(writer.numbers), counts)
-    else:
+    if share is not None:
         stderr().print(writer.share.finished(folder))
-
-
-def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> None:
+        return
     if not counts.pairs:
         raise InputError(f"{folder}: none of {counts.skipped} pairs could be read; see {folder}/*.skipped.jsonl")
     note = f", {counts.skipped} skipped ({folder}/*.skipped.jsonl)" if counts.skipped else ""
     before, after = (f"{number / 1e6:,.1f}" for number in (counts.bytes_before, counts.bytes_after))
     resized = f", {counts.resized} images resized now, from {before} to {after} MB" if counts.resized else ""
-    stderr().print(f"{folder}: {counts.pairs} pairs in {shards} shards{resized}{note}")
+    stderr().print(f"{folder}: {counts.pairs} pairs in {len(writer.numbers)} shards{resized}{note}")

@@ -33,12 +33,6 @@ def find(root: Path, names: Sequence[str], description: str) -> Path:
     raise MissingData(f"{root}: no {description} in it ({' or '.join(name or '.' for name in names)})")
 
 
-def find_folder(root: Path, places: Sequence[str], inside: str) -> Path:
-    """Return the first of several folders below ``root`` that contains ``inside``; see :func:`find`."""
-    found = find(root, [f"{place}/{inside}".lstrip("/") for place in places], "files of this set")
-    return found.parents[inside.count("/")]
-
-
 def read_text(path: Path) -> str:
     """Read a text file."""
     refuse_missing(path)
@@ -63,12 +57,10 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
     rows = []
     for line_number, line in enumerate(read_text(path).splitlines(), start=1):
         row = line.split(maxsplit=columns - 1)
-        if not row:
-            continue
-        if len(row) < columns:
+        if len(row) not in (0, columns):
             found = f"{line.strip()!r} has {len(row)} words, not {columns}"
             raise InputError(f"{path} line {line_number}: {found}; fix the line")
-        rows.append([word.strip() for word in row])
+        rows += [[word.strip() for word in row]] if row else []
     return rows
 
 

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
@@ -46,17 +46,16 @@ def FER2013(root: str, split: TrainValTest = "test") -> LabelledImages:
 
 def _face_files(folder: Path, split: TrainValTest) -> ImageFiles:
     part = "train" if split == "train" else "test"
-    words = subfolders(folder / part)
-    if sorted(words) != sorted(EMOTION_FOLDERS):
-        raise InputError(f"{folder / part}: its folders are {', '.join(words)}, not {', '.join(EMOTION_FOLDERS)}")
-    files, labels = in_class_folders(folder, [f"{part}/{name}" for name in EMOTION_FOLDERS])
-    usages = [Path(file).name.partition("_")[0] for file in files]
+    words, folders = subfolders(folder / part), ", ".join(EMOTION_FOLDERS)
+    require({*words} == {*EMOTION_FOLDERS}, f"{folder / part}: its folders are {', '.join(words)}, not {folders}")
     expected = {USAGES[each] for each in USAGES if (each == "train") == (split == "train")}
-    wrong = next((file for file, usage in zip(files, usages, strict=True) if usage not in expected), None)
-    if wrong is not None:
-        raise InputError(f"{folder / wrong}: its name does not start with {' or '.join(sorted(expected))}; {AGAIN}")
-    kept = [number for number, usage in enumerate(usages) if usage == USAGES[split]]
-    return ImageFiles(folder, [files[number] for number in kept], [labels[number] for number in kept], list(EMOTIONS))
+    kept = []
+    for file, label in zip(*in_class_folders(folder, [f"{part}/{name}" for name in EMOTION_FOLDERS]), strict=True):
+        usage = Path(file).name.partition("_")[0]
+        starts = " or ".join(sorted(expected))
+        require(usage in expected, f"{folder / file}: its name does not start with {starts}; {AGAIN}")
+        kept += [(file, label)] if usage == USAGES[split] else []
+    return ImageFiles(folder, [file for file, _ in kept], [label for _, label in kept], list(EMOTIONS))
 
 
 def FERPlus(root: str, split: TrainValTest = "test") -> ImageArrays:
@@ -117,17 +116,16 @@ def _voted(votes: Path, table: Path, usages: Sequence[str]) -> list[int | None]:
     if [row["usage"] for row in rows] != usages:
         problem = f"its {len(rows)} rows are not of the same splits as the {len(usages)} of {table.name}"
         raise InputError(f"{votes}: {problem}; get both again")
-    return [_majority(votes, number, row) for number, row in enumerate(rows)]
-
-
-def _majority(path: Path, number: int, row: Mapping[str, str]) -> int | None:
-    votes = [whole_number(row[name]) for name in VOTES]
-    if None in votes:
-        raise InputError(f"{path} row {number}: a vote is not a whole number; get the file again")
-    counted = [vote if vote is not None and vote > 1 else 0 for vote in votes]
-    most = max(counted)
-    name = VOTES[counted.index(most)]
-    return VOTED.index(name) if row["image name"] and 2 * most > sum(counted) and name in VOTED else None
+    labels: list[int | None] = []
+    for number, row in enumerate(rows):
+        numbers = [whole_number(row[name]) for name in VOTES]
+        require(None not in numbers, f"{votes} row {number}: a vote is not a whole number; {AGAIN}")
+        counted = [vote if vote and vote > 1 else 0 for vote in numbers]
+        most = max(counted)
+        name = VOTES[counted.index(most)]
+        clear = row["image name"] and 2 * most > sum(counted) and name in VOTED
+        labels.append(VOTED.index(name) if clear else None)
+    return labels
 
 
 def FairFace(root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> ImageFiles:
@@ -142,8 +140,8 @@ def FairFace(root: str, attribute: Attribute = "race", split: Literal["train", "
     rows = read_table(table, {"file": ("file",), **{name: (name,) for name in FAIRFACE}})
     for row in rows:
         for name, values in FAIRFACE.items():
-            wrong = f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
-            require(row[name] in values, wrong)
+            known = row[name] in values
+            require(known, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}")
     labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
     groups = {name: [row[name] for row in rows] for name in FAIRFACE}
     names = list(FAIRFACE[attribute])

@@ -38,29 +38,17 @@ def _neighbouring_frames(
     annotations: Sequence[Path],
     in_imagenet: Callable[[], list[list[int]]],
 ) -> ImageFiles:
-    """Return anchor frames and their neighbours, each frame once, sorted by name.
-
-    Args:
-        root: the folder of the frames.
-        anchors: each anchor's name below ``root`` -> the names of its neighbours.
-        accepted: each frame's name -> the labels that count as correct.
-        class_names: in label order.
-        annotations: the files of metadata.
-        in_imagenet: reads ImageNet's labels for each class.
-    """
+    """Return anchor frames and their neighbours, each frame once, sorted by name, which is its path below ``root``."""
     require(bool(anchors), f"{root}: no anchors; get the metadata again")
     names = sorted({*anchors, *(name for frames in anchors.values() for name in frames)})
     for name in names:
         classes = accepted.get(name)
-        if not classes or not all(0 <= label < len(class_names) for label in classes):
-            labels = sorted(classes or ())
-            raise InputError(
-                f"{root}: {name} has the labels {labels}, with {len(class_names)} classes; get the metadata again"
-            )
+        if not classes or not classes <= {*range(len(class_names))}:
+            labels = f"{sorted(classes or ())}, with {len(class_names)} classes"
+            raise InputError(f"{root}: {name} has the labels {labels}; get the metadata again")
     row_of = {name: row for row, name in enumerate(names)}
-    neighbours = [
-        (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
-    ]
+    others = {anchor: [row_of[name] for name in frames if name != anchor] for anchor, frames in anchors.items()}
+    neighbours = [(row_of[anchor], rows) for anchor, rows in others.items()]
     truth = Truth(neighbours=neighbours, accepted=[accepted[name] for name in names])
     # labels() can only give one of the accepted labels: the first.
     images = ImageFiles(root, names, [min(accepted[name]) for name in names], class_names, annotations, truth)
@@ -143,7 +131,6 @@ def YTBBRobust(root: str) -> ImageFiles:
 
 
 def _frame_name(path: str) -> str:
-    """Return the last folder and the file name."""
     return "/".join(PurePosixPath(path).parts[-2:])
 
 
@@ -166,12 +153,11 @@ def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
     swapped = {22: 23, 23: 22}
     found = {}
     for row in read_table(path, {"video": ("ytid",), "time": ("time_ms",), "label": ("label",)}):
-        name = f"{row['video']}_{row['time']}"
-        found_label = whole_number(row["label"])
-        if found_label is None:
-            raise InputError(f"{path}: {name} has the label {row['label'][:40]!r}, not a number")
-        label = swapped.get(found_label, found_label)
-        require(label < len(names), f"{path}: {name} has the label {row['label']}, but there are {len(names)} classes")
+        name, number = f"{row['video']}_{row['time']}", whole_number(row["label"])
+        label = len(names) if number is None else swapped.get(number, number)
+        if label >= len(names):
+            problem = f"{name} has the label {row['label'][:40]!r}, but there are {len(names)} classes"
+            raise InputError(f"{path}: {problem}; {AGAIN}")
         found[name] = names[label]
     return found
 

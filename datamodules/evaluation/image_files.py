@@ -5,8 +5,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from PIL import Image
 
 from lit_clip.errors import InputError, require
@@ -15,6 +16,7 @@ from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, image_for_model, image_names
 from lit_clip.tools.reading import reading
 
+TEXTS = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
 TrainTest = Literal["train", "test"]
 TrainValTest = Literal["train", "val", "test"]
 
@@ -158,20 +160,7 @@ def refuse_no_folder(folder: Path) -> None:
         raise MissingData(f"{folder}: no such folder")
 
 
-def in_class_folders(
-    folder: Path, classes: Sequence[str], choose: Callable[[list[str]], list[str]] | None = None
-) -> tuple[list[str], list[int]]:
-    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels.
-
-    Args:
-        folder: the parent of the class folders.
-        classes: their names, in label order.
-        choose: picks some of the paths of a class; None: all.
-    """
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        images = [f"{name}/{image}" for image in images_in(folder / name)]
-        chosen = choose(images) if choose else images
-        files += chosen
-        labels += [label] * len(chosen)
-    return files, labels
+def in_class_folders(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
+    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels: places in ``classes``."""
+    images = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in images_in(folder / name)]
+    return [image for image, _ in images], [label for _, label in images]

@@ -1,24 +1,25 @@
-"""ImageNet in all its layouts, and test sets that share its classes: ImageNetV2, ImageNet-A, -R, -Sketch, ObjectNet."""
+"""ImageNet in all its layouts and other languages; ImageNetV2's companions -A, -R and -Sketch, and ObjectNet."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from PIL import Image, ImageOps
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData
+from lit_clip.evaluation.data import LabelledImages, MissingData, PartOf
 from lit_clip.evaluation.zero_shot import imagenet_class_names
-from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.packaged import installed_file
-from lit_clip.tools.reading import reading
-from lit_clip.tools.untrusted import entries
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import convert, entries
 from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
-from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
-from .webdataset import ImageSpan, TarImages, scan_tar
+from .image_files import TEXTS, ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
+from .webdataset import TarImages, TarSample, scan_tar
 
 ImageNetSplit = Literal["train", "val"]
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -44,18 +45,14 @@ def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
     tars = sorted(top.glob(TARS[split]))
     if tars and not any((top / folder).is_dir() for folder in folders):
         return _ImageNetTars(tars)
-    return _open_folder(top, find(top, folders, f"folder of images, and no {TARS[split]},"), split)
-
-
-def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
-    wnids = imagenet_wnids()
-    names = imagenet_class_names()
+    folder = find(top, folders, f"folder of images, and no {TARS[split]},")
+    wnids, names = imagenet_wnids(), imagenet_class_names()
     if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
         files = images_in(folder)
-        truth, annotations = _validation_wnids(root, files, wnids)
-        if len(truth) != len(files):
-            raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
-        return ImageFiles(folder, files, labels_of(truth, wnids, root), names, annotations)
+        truth, annotations = _validation_wnids(top, files, wnids)
+        whole = len(truth) == len(files)
+        require(whole, f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
+        return ImageFiles(folder, files, labels_of(truth, wnids, top), names, annotations)
     classes = subfolders(folder)
     label_of = labels_of(classes, wnids, folder)
     files, places = in_class_folders(folder, classes)
@@ -64,9 +61,13 @@ def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
 
 def _validation_wnids(root: Path, files: Sequence[str], wnids: Sequence[str]) -> tuple[list[str], list[Path]]:
     """Read the class of each validation image, in the order of image names, and return the files read."""
-    data = root / DEVKIT / "data"
-    if (root / "meta.bin").is_file():
-        return _wnids_in_meta(root / "meta.bin"), [root / "meta.bin"]
+    data, binary = root / DEVKIT / "data", root / "meta.bin"
+    if binary.is_file():
+        import torch
+
+        with reading(binary, "file of torchvision's", hint="remove it and let torchvision write it again"):
+            _, found = torch.load(binary, weights_only=True)
+            return [str(wnid) for wnid in found], [binary]
     if data.is_dir():
         meta, truth = data / "meta.mat", data / "ILSVRC2012_validation_ground_truth.txt"
         return _wnids_in_devkit(meta, truth, wnids), [meta, truth]
@@ -80,27 +81,17 @@ def _wnids_in_devkit(meta: Path, path: Path, wnids: Sequence[str]) -> list[str]:
     with reading(meta, "list of ImageNet's classes", hint=AGAIN):
         wnid_of: dict[int | None, str] = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
     words = read_text(path).split()
-    wrong = next((word for word in words if wnid_of.get(whole_number(word)) not in wnids), None)
-    if wrong is not None:
-        raise InputError(f"{path}: {wrong!r} is not a class of meta.mat; get the file again")
+    for word in words:
+        require(wnid_of.get(whole_number(word)) in wnids, f"{path}: {word!r} is not a class of meta.mat; {AGAIN}")
     return [wnid_of[whole_number(word)] for word in words]
-
-
-def _wnids_in_meta(path: Path) -> list[str]:
-    import torch
-
-    with reading(path, "file of torchvision's", hint="remove it and let torchvision write it again"):
-        _, wnids = torch.load(path, weights_only=True)
-        return [str(wnid) for wnid in wnids]
 
 
 def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
     """Read Kaggle's ``ILSVRC2012_val_00000001,n01751748 111 108 230 366``: image, class and box, in any order."""
     rows = read_table(path, {"image": ("imageid",), "boxes": ("predictionstring",)})
     wnid_of = {row["image"]: row["boxes"].partition(" ")[0] for row in rows}
-    unlisted = next((file for file in files if Path(file).stem not in wnid_of), None)
-    if unlisted is not None:
-        raise InputError(f"{path}: {unlisted} is not in it; get both again")
+    for file in files:
+        require(Path(file).stem in wnid_of, f"{path}: {file} is not in it; get both again")
     return [wnid_of[Path(file).stem] for file in files]
 
 
@@ -116,32 +107,29 @@ class _ImageNetTars(TarImages, KnownLabels):
         self.annotation_paths = [info] if info.is_file() else []
         for path in self.annotation_paths:
             refuse_missing(*_listed_beside(path, tars[0]))
-        samples = [sample for number in range(len(tars)) for sample in self._read(number)]
-        samples.sort(key=lambda sample: sample[0])
-        self.keys = [key for key, _, _ in samples]
-        self.spans = [span for _, span, _ in samples]
-        self._labels = [label for _, _, label in samples]
+        labelled = sorted((_tar_key(each), each) for path in tars for each in scan_tar(path, "cls"))
+        self.samples = [sample for _, sample in labelled]
+        self._keys = [key for (key, _), _ in labelled]
+        self._labels = [label for (_, label), _ in labelled]
 
-    def _read(self, number: int) -> Iterator[tuple[str, ImageSpan, int]]:
-        path, wnids = self.tars[number], imagenet_wnids()
-        for key, sample in scan_tar(path, number, "cls").items():
-            where = f"{path} sample {key}"
-            label = whole_number((sample.target or b"").decode("ascii", "replace").strip())
-            if sample.image is None or label is None or label >= len(wnids):
-                raise InputError(f"{where}: needs an image and a .cls with a label below {len(wnids)}; {AGAIN}")
-            wnid, name = wnids[label], key.rpartition("/")[2]
-            said = WNID.match(name)
-            other = f"its name is of {said[1] if said else ''}, but its label {label} is {wnid}"
-            require(said is None or said[1] == wnid, f"{where}: {other}; {AGAIN}")
-            yield f"{wnid}/{name}.JPEG", sample.image, label
-
-    def where(self, index: int) -> str:
-        span = self.spans[index]
-        assert span is not None
-        return f"{self.tars[span.tar]} sample {self.keys[index]}"
+    def key(self, index: int) -> str:
+        return self._keys[index]
 
     def stamp(self) -> str:
         return stamp_of_files(self.tars)
+
+
+def _tar_key(sample: TarSample) -> tuple[str, int]:
+    """Return an image's path in class folders, and its label."""
+    wnids = imagenet_wnids()
+    label = whole_number((sample.target or b"").decode("ascii", "replace").strip())
+    if not sample.size or label is None or label >= len(wnids):
+        raise InputError(f"{sample.where}: needs an image and a .cls with a label below {len(wnids)}; {AGAIN}")
+    wnid, name = wnids[label], sample.name.rpartition("/")[2]
+    said = WNID.match(name)
+    other = f"its name is of {said[1] if said else ''}, but its label {label} is {wnid}"
+    require(said is None or said[1] == wnid, f"{sample.where}: {other}; {AGAIN}")
+    return f"{wnid}/{name}.JPEG", label
 
 
 def _listed_beside(info: Path, tar: Path) -> list[Path]:
@@ -165,8 +153,9 @@ def _labels_of_words(classes: Sequence[Sequence[str]]) -> list[list[int]]:
     known: dict[str, list[int]] = {}
     for label, wnid in enumerate(imagenet_wnids()):
         known.setdefault(words[wnid], []).append(label)
-    if wrong := [words for several in classes for words in several if len(known.get(words, ())) != 1]:
-        raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
+    for name in (name for several in classes for name in several):
+        one = len(known.get(name, ())) == 1
+        require(one, f"objectnet_to_imagenet_1k.json: {name!r} does not name one class of ImageNet")
     return [[known[words][0] for words in several] for several in classes]
 
 
@@ -211,7 +200,7 @@ class ObjectNet(ImageFiles):
         overlap = sorted(name for name, label in label_of.items() if label in in_imagenet)
         if len(overlap) != len(in_imagenet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
-            raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
+            raise InputError(f"{mappings / names[0]}: {problem}; get the mappings again")
         files, labels = in_class_folders(folder / "images", overlap)
         own_names = [label_of[name].lower() for name in overlap]
         super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
@@ -219,3 +208,76 @@ class ObjectNet(ImageFiles):
 
     def image(self, index: int) -> Image.Image:
         return ImageOps.crop(super().image(index), BORDER)
+
+
+class _TranslatedImageNet(KnownLabels, PartOf):
+    """ImageNet, or some of its classes (labels, ascending), with other class names; it shares ImageNet's features."""
+
+    def __init__(
+        self, whole: LabelledImages, classes: Sequence[int], class_names: list[str], templates: list[str]
+    ) -> None:
+        self.whole, self.annotation_paths = whole, whole.annotation_paths
+        self.class_names, self.templates = class_names, templates
+        label_of, labels = {label: number for number, label in enumerate(classes)}, whole.labels()
+        self.rows = [row for row, label in enumerate(labels) if label in label_of]
+        self._labels = [label_of[labels[row]] for row in self.rows]
+
+    def image_paths(self) -> Sequence[Path]:
+        return self.whole.image_paths()
+
+    def image(self, index: int) -> Image.Image:
+        return self.whole.images(self.rows[index])[0]
+
+    def check(self) -> None:
+        self.whole.check()
+
+    def key(self, index: int) -> str:
+        return self.whole.key(self.rows[index])
+
+    def stamp(self) -> str:
+        return hex_digest([self.whole.stamp(), self.rows])
+
+
+def _package_file(name: str) -> Path:
+    return installed_file("clip_benchmark", "clip-benchmark", f"datasets/{name}")
+
+
+def _entry(path: Path, language: str, kind: Any) -> Any:
+    content = read_json(path, dict[str, Any])
+    require(language in content, f"{path}: no {language!r}; it has {', '.join(content) or 'no languages'}")
+    with naming(path):
+        return convert(content[language], kind, language)
+
+
+def TranslatedImageNet(root: str, language: str, split: ImageNetSplit = "val") -> _TranslatedImageNet:
+    """ImageNet with CLIP_benchmark's translated class names and prompt templates, from the installed package.
+
+    The language is ``ar``, ``cn``, ``it`` or ``jp``; ``root`` is the folder of :func:`ImageNet`.
+    """
+    files = [_package_file(f"{language}_{part}.json") for part in ("classnames", "zeroshot_classification_templates")]
+    names, templates = (_entry(path, "imagenet1k", TEXTS) for path in files)
+    templates = [text.replace("{c}", "{}") for text in templates]
+    return _TranslatedImageNet(ImageNet(root, split), range(len(names)), names, templates)
+
+
+def BabelImageNet(
+    root: str, language: str, names: str | None = None, prompts: str | None = None, split: ImageNetSplit = "val"
+) -> _TranslatedImageNet:
+    """Babel-ImageNet: the classes of ImageNet that have a name in a language, scored among themselves.
+
+    Without prompt templates in the language, the prompt is the name, as in the authors' ``label`` prompts.
+
+    Args:
+        root: the folder of :func:`ImageNet`.
+        language: its code as in the files, such as ``DE``.
+        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: ``clip-benchmark``'s.
+        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: ``clip-benchmark``'s.
+        split: of ImageNet.
+    """
+    path = Path(names) if names else _package_file("babel_imagenet.json")
+    classes, own_names = _entry(path, language, tuple[list[Annotated[int, Meta(ge=0, lt=1000)]], TEXTS])
+    known = classes == sorted(set(classes)) and len(classes) == len(own_names)
+    require(known, f"{path}: {language}: must be ascending labels, and as many names; {AGAIN}")
+    file = Path(prompts) if prompts else _package_file("nllb_dist13b_prompts.json")
+    templates = read_json(file, dict[str, TEXTS]).get(language, ["{}"])
+    return _TranslatedImageNet(ImageNet(root, split), classes, own_names, templates)

@@ -14,9 +14,9 @@ from PIL import Image
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.hub_client import is_relative
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import convert, entries, shortened
 from ..pairs.column_names import is_encoded
 from ..pairs.parquet import chunks_of, open_file
@@ -120,9 +120,8 @@ def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
             splits = [match[1] for path in files if (match := SPLIT.fullmatch(path.stem))]
             chosen = [path for path, of in zip(files, splits, strict=True) if of == split or len(set(splits)) == 1]
             found = listed(list(dict.fromkeys(splits)))
-            require(
-                bool(chosen), f"{files[0].parent}: no split {split!r} of {name}; add it, or set split to one of {found}"
-            )
+            if not chosen:
+                raise InputError(f"{files[0].parent}: no split {split!r} of {name}; set split to one of {found}")
             return chosen
     raise MissingData(f"{root}: no {names[0]} in it (a folder or file of {', '.join(SUFFIXES)})")
 

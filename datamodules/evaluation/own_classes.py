@@ -1,33 +1,39 @@
-"""A user's own classes: a folder with a subfolder of images for each, or parquet files of images and labels."""
+"""A user's own images: class folders, parquet files, tables of labels, and tables of places (IM2GPS)."""
 
 import io
 import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from lit_clip.errors import InputError, listed, require
-from lit_clip.evaluation.data import MissingData, numbered
+from lit_clip.evaluation.data import MissingData, Truth, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, image_for_model
 from lit_clip.tools.reading import check_is_file, reading
-from ..loading.bad_samples import is_unicode
-from ..pairs.column_names import refuse_equal
+from ..loading.bad_samples import BLANK, is_unicode
+from ..pairs.column_names import IMAGE_COLUMNS, ColumnNames, find_column, is_encoded, refuse_equal
 from ..pairs.folder import walk_images
 from ..pairs.stored import RowRange
-from .image_files import ImageFiles, KnownLabels
+from ..pairs.text_table import RawRow, raw_rows, shown
+from .annotation_files import number, read_table, whole_number
+from .image_files import ImageFiles, KnownLabels, UnlabelledFiles
 
 ClassNames = list[str] | Literal["imagenet"]
 NAMED = "train|training|val|valid|validation|dev|test|testing"
 SPLIT = re.compile(rf"(.+?)-\d{{5}}-of-\d{{5}}|({NAMED})([-_].*)?", re.IGNORECASE)
 SEPARATE = "separate the sets, or convert them again"
+LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
+Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
 
 def resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
@@ -36,10 +42,8 @@ def resolve_names(names: ClassNames | None, default: list[str], where: str) -> l
         return default
     names = imagenet_class_names() if names == "imagenet" else list(names)
     if len(names) != len(default):
-        raise InputError(
-            f"class_names: {len(names)} names for the {len(default)} classes of {where} "
-            f"({', '.join(default[:3])}, ...); labels would get the wrong names"
-        )
+        classes = f"{len(default)} classes of {where} ({', '.join(default[:3])}, ...)"
+        raise InputError(f"class_names: {len(names)} names for the {classes}; labels would get the wrong names")
     return names
 
 
@@ -58,20 +62,15 @@ class ImageFolderClasses(ImageFiles):
             raise MissingData(f"{root}: no such folder of classes")
         with reading(folder, "folder"):
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for name in classes:
-            require(is_unicode(name), f"{folder / name}: the name of this class is not UTF-8 text; rename the folder")
-        if not classes:
-            raise InputError(f"{root}: no subfolders; put each class's images into a subfolder of its own")
+        require(bool(classes), f"{root}: no subfolders; put each class's images into a subfolder of its own")
         names = resolve_names(class_names, [name.replace("_", " ") for name in classes], str(root))
-        files: list[Path] = []
-        labels: list[int] = []
+        images: list[tuple[Path, int]] = []
         for label, name in enumerate(classes):
-            images = sorted(folder / name / image for image, _ in walk_images(folder / name))
-            if not images:
-                raise InputError(f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
-            files += images
-            labels += [label] * len(images)
-        super().__init__(folder, files, labels, names)
+            require(is_unicode(name), f"{folder / name}: the name of this class is not UTF-8 text; rename the folder")
+            files = sorted(folder / name / image for image, _ in walk_images(folder / name))
+            require(bool(files), f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
+            images += [(file, label) for file in files]
+        super().__init__(folder, [file for file, _ in images], [label for _, label in images], names)
 
     def where(self, index: int) -> str:
         return f"class folder {self.files[index].parent.name}"
@@ -142,19 +141,18 @@ class ParquetClasses(StoredImages, KnownLabels):
         with reading(file, "parquet file"):
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
-        refuse_equal(file, schema.names, (self.image_column, label_column))
-        for column in (self.image_column, label_column):
-            if column not in schema.names:
-                raise InputError(f"{file}: no column {column!r}; its columns are {listed(schema.names, 20)}")
+        for option, column in (("image_column", self.image_column), ("label_column", label_column)):
+            refuse_equal(file, schema.names, [find_column(file, schema.names, column, (), option)])
         kind = schema.field(label_column).type
         require(pa.types.is_integer(kind), f"{file}: column {label_column!r} holds {kind}, not labels from 0")
         first = 0
         for group in range(parquet.num_row_groups):
             with reading(file, "parquet file"):
                 labels = parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
-            for row, label in enumerate(labels, start=first):
-                if label is None or label < 0:
-                    raise InputError(f"{file} row {row}: its label is {label}; only labelled images can be scored")
+            wrong = next((row for row, label in enumerate(labels) if label is None or label < 0), None)
+            if wrong is not None:
+                problem = f"its label is {labels[wrong]}; only labelled images can be scored"
+                raise InputError(f"{file} row {first + wrong}: {problem}")
             self._groups.append(RowRange(file, group, first, len(labels)))
             self._starts.append(len(self._labels))
             self._labels += labels
@@ -162,22 +160,21 @@ class ParquetClasses(StoredImages, KnownLabels):
         return _stored_names(file, schema, label_column)
 
     def image(self, index: int) -> Image.Image:
-        number, row = self._place(index)
-        group = self._groups[number]
+        group, row = self._place(index)
         where = f"{group.file} row {group.first + row}"
         return self.stored(group.file, group.group, row, self.image_column, where)
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return the number of a row's group, and the row's place in it."""
+    def _place(self, index: int) -> tuple[RowRange, int]:
+        """Return a row's group, and the row's place in it."""
         number = bisect_right(self._starts, index) - 1
-        return number, index - self._starts[number]
+        return self._groups[number], index - self._starts[number]
 
     def image_paths(self) -> list[Path]:
         return self.paths
 
     def key(self, index: int) -> str:
-        number, row = self._place(index)
-        return f"{self._groups[number].file.name}:{self._groups[number].first + row}"
+        group, row = self._place(index)
+        return f"{group.file.name}:{group.first + row}"
 
     def stamp(self) -> str:
         return f"{stamp_of_files(self.paths)}-{self.image_column}"
@@ -191,10 +188,9 @@ def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list
     if split is None:
         require(len(set(splits)) == 1, f"{path}: has files of several splits ({found}); set split to one of them")
         return list(files)
-    chosen = [file for file, name in zip(files, splits, strict=True) if name == split]
-    if not chosen:
+    if split not in splits:
         raise MissingData(f"{path}: no files of split {split!r}; there are {found}")
-    return chosen
+    return [file for file, name in zip(files, splits, strict=True) if name == split]
 
 
 def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | None:
@@ -208,3 +204,138 @@ def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | Non
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError("class names that are not text")
     return names
+
+
+def _read_labels(path: Path, image_column: str | None, label_column: str | None) -> Rows:
+    check_is_file(path)
+    if not path.is_file():
+        raise MissingData(f"{path}: no such table")
+
+    def find(found: list[str]) -> ColumnNames:
+        image = find_column(path, found, image_column, IMAGE_COLUMNS, "image_column")
+        return ColumnNames(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
+
+    source = _parquet_rows(path, find) if path.suffix.lower() == ".parquet" else raw_rows(path, find)
+    rows = [_validated(path, row) for row in source]
+    require(bool(rows), f"{path}: no rows")
+    return rows
+
+
+def _parquet_rows(path: Path, find: Callable[[list[str]], ColumnNames]) -> list[RawRow]:
+    with reading(path, "parquet file"):
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+    columns = find(schema.names)
+    refuse_equal(path, schema.names, columns.names())
+    kind = schema.field(columns.image).type
+    if is_encoded(kind):
+        problem = f"column {columns.image!r} holds {kind}, not paths"
+        raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
+    with reading(path, "parquet file"):
+        table = file.read(columns=[columns.image, columns.caption])
+        images, labels = (table[name].to_pylist() for name in (columns.image, columns.caption))
+    return [RawRow(number, *row) for number, row in enumerate(zip(images, labels, strict=True))]
+
+
+def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
+    where = f"{path} row {row.number}"
+    if not isinstance(row.image, str) or row.image.strip().lower() in BLANK:
+        raise InputError(f"{where}: no image ({shown(row.image)}); name its file or remove the row")
+    require(is_unicode(row.image), f"{where}: its image is not UTF-8 text; save it as UTF-8")
+    label = row.caption.strip() if isinstance(row.caption, str) else row.caption
+    require(not isinstance(label, str) or is_unicode(label), f"{where}: its label is not UTF-8 text; save it as UTF-8")
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        raise InputError(f"{where}: its label is {shown(label)}, which must be a whole number or a class name")
+    return row.number, row.image.strip(), label
+
+
+def _resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tuple[list[int], list[str]]:
+    """Return label numbers and class names; the column is read as names or as numbers, never as a mixture."""
+    numbers = [_number(label) for _, _, label in rows]
+    if class_names is None:
+        numeric = [number for number in numbers if number is not None]
+        names = {str(label) for _, _, label in rows}
+        class_names = numbered(numeric, str(path)) if len(numeric) == len(rows) else sorted(names)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    twice = len(label_of) < len(class_names)
+    as_names = [label_of.get(label) if isinstance(label, str) and not twice else None for _, _, label in rows]
+    as_numbers = [number if number in range(len(class_names)) else None for number in numbers]
+    whole = [[label for label in each if label is not None] for each in (as_names, as_numbers)]
+    found = [labels for labels in whole if len(labels) == len(rows)]
+    if not found:
+        read = [(a is not None) + (b is not None) for a, b in zip(as_names, as_numbers, strict=True)]
+        row, _, label = rows[read.index(min(read))]
+        some = f"{', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}"
+        some += ", some of which have the same name" if twice else ""
+        problem = f"label {shown(label)} is none of the {len(class_names)} classes ({some})"
+        raise InputError(f"{path} row {row}: {problem}; fix it or class_names")
+    if found[0] != found[-1]:
+        row, _, label = next(row for row, a, b in zip(rows, *found, strict=True) if a != b)
+        both = f"label {label!r} is the name of one class and the number of another"
+        raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
+    return found[0], class_names
+
+
+def _number(label: str | int) -> int | None:
+    if isinstance(label, int):
+        return label
+    number = whole_number(label.removeprefix("-"))
+    return -number if number and label.startswith("-") else number
+
+
+class LabelledTable(ImageFiles):
+    """Images from a table with a column of paths and a column of labels, in row order.
+
+    Args:
+        path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (one object per line) or ``.parquet``.
+        class_names: in label order; ``imagenet``: the paper's 1,000; None: the numbers in the table, or its names,
+            sorted. Set them if some class may not occur in the table.
+        image_column: paths of images; None: the first of ``image``, ``image_path``, ``filepath``, ...
+        label_column: whole numbers from 0, or class names; None: the first of ``label``, ``class``, ...
+        root: folder that image paths are relative to; None: the table's.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        class_names: ClassNames | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        root: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        rows = _read_labels(self.path, image_column, label_column)
+        names = imagenet_class_names() if class_names == "imagenet" else class_names
+        require(names is None or bool(names), f"class_names: must not be empty; leave it out to use those of {path}")
+        labels, classes = _resolve_labels(self.path, rows, None if names is None else list(names))
+        self._numbers = [number for number, _, _ in rows]
+        folder = Path(root).expanduser() if root else self.path.parent
+        super().__init__(folder, [image for _, image, _ in rows], labels, classes, [self.path])
+        if not os.path.isfile(self.files[0]):  # unlike the method, false for a name that is too long
+            raise InputError(f"{self.where(0)}: no such image file: {self.files[0]}; set root to their folder")
+
+    def where(self, index: int) -> str:
+        return f"{self.path} row {self._numbers[index]}"
+
+
+def LocatedImages(path: str, root: str | None = None) -> UnlabelledFiles:
+    """A table of images and where they were taken: IM2GPS, or the reference images for it.
+
+    Args:
+        path: a CSV file with columns ``image`` (or ``img_id``), ``latitude`` (``lat``) and ``longitude`` (``lon``,
+            ``lng``), as github.com/TIBHannover/GeoEstimation has them.
+        root: folder that image paths are relative to; None: the table's.
+    """
+    columns = {"latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
+    rows = read_table(Path(path), {"image": ("image", "img_id", "filename", "file", "path"), **columns})
+    places: list[tuple[float, float]] = []
+    for row in rows:
+        where = f"{path}: {row['image']}"
+        latitude, longitude = number(row, "latitude", where), number(row, "longitude", where)
+        on_earth = abs(latitude) <= 90 and abs(longitude) <= 180
+        require(on_earth, f"{where}: {latitude}, {longitude} is not a latitude and a longitude in degrees")
+        places.append((latitude, longitude))
+    folder = Path(path).parent if root is None else Path(root)
+    images = UnlabelledFiles(folder, [row["image"] for row in rows], [Path(path)])
+    images.truth = Truth(coordinates=torch.tensor(places, dtype=torch.float64))
+    return images

@@ -1,26 +1,28 @@
-"""Captioned images for retrieval: Flickr30k, COCO, and any source of training pairs."""
+"""Captioned images for retrieval: Flickr30k, COCO, XTD10, Crossmodal-3600, and any source of pairs."""
 
 import json
 import os
-import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-import numpy as np
 from PIL import Image
 
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, MissingData
+from lit_clip.errors import InputError, listed, require
+from lit_clip.evaluation.data import CaptionedImages, Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import convert, entries
 from ..open_source import open_source
 from ..pairs.columns import ColumnPairs
 from ..pairs.source import Columns, PairSource
-from .annotation_files import AGAIN, find, read_json, read_lines, read_table, read_text
-from .image_files import CaptionedFiles
+from .annotation_files import AGAIN, find, read_json_lines, read_table, read_text
+from .image_files import TEXTS, CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
-LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
+VAL2017 = "captions_val2017.json"
+FIELDS = ("image", "caption")
 
 
 class CaptionedPairs(CaptionedImages):
@@ -48,7 +50,10 @@ class CaptionedPairs(CaptionedImages):
         self._path = Path(path)
         self.annotation_paths = [self._path] if self._path.is_file() else []
         self._names = _image_names(self.source)
-        self._rows = _rows_of_images(self._names, len(self.source))
+        rows = defaultdict[object, list[int]](list)  # of each image, in order of appearance
+        for row in range(len(self.source)):
+            rows[row if self._names is None else self._names[row]].append(row)
+        self._rows = list(rows.values())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,9 +61,12 @@ class CaptionedPairs(CaptionedImages):
     def images(self, index: int) -> list[Image.Image]:
         return [self.source.load(self._rows[index][0], None).image]
 
-    def whole_file(self, index: int) -> Path | None:
+    def _file(self, row: int) -> Path | None:
         root = getattr(self.source, "root", None)
-        return Path(root) / self.key(index) if self._names is not None and isinstance(root, str | Path) else None
+        return Path(root) / self._names[row] if self._names is not None and isinstance(root, str | Path) else None
+
+    def whole_file(self, index: int) -> Path | None:
+        return self._file(self._rows[index][0])
 
     def captions(self, index: int) -> list[str]:
         return [caption for row in self._rows[index] for caption in self.source.captions(row)]
@@ -73,9 +81,7 @@ class CaptionedPairs(CaptionedImages):
 
     def image_paths(self) -> list[Path]:
         files = [*self._path.rglob("*"), *map(Path, getattr(self.source, "urls", ()))]
-        root = getattr(self.source, "root", None)
-        if self._names is not None and root is not None:
-            files += [Path(root) / name for name in self._names]
+        files += [file for row in range(len(self.source)) if (file := self._file(row)) is not None]
         return sorted({file for file in files if os.path.isfile(file)})
 
     def stamp(self) -> str:
@@ -93,19 +99,6 @@ def _image_names(source: PairSource) -> list[str] | None:
     with reading(source.path, "table of image paths"):
         names = paths.to_pylist()
     return [str(name).strip() for name in names] if all(isinstance(name, str) for name in names) else None
-
-
-def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
-    """Group rows by image, in order of appearance."""
-    if names is None:
-        return [np.array([row]) for row in range(rows)]
-    found: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        found.setdefault(name, []).append(row)
-    return [np.array(rows_of_image) for rows_of_image in found.values()]
-
-
-VAL2017 = "captions_val2017.json"
 
 
 class COCO(CaptionedPairs):
@@ -140,78 +133,145 @@ class COCO(CaptionedPairs):
 def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
     """Flickr30k: the 1,000 images of Karpathy's test split, or another of his splits (``train``, ``val``).
 
-    Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
-    ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``), ``results.csv`` or
-    ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a ``test.txt``
-    beside them that lists the split's images, one per line. The images are in ``root`` or in ``flickr30k-images``,
-    ``flickr30k_images`` or ``images``.
+    Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark) or
+    ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``). The images are in ``root`` or in
+    ``flickr30k-images``, ``flickr30k_images`` or ``images``.
     """
     top = Path(root)
-    listed = f"flickr30k_{split}_karpathy.txt"
-    names = ("dataset_flickr30k.json", listed, HUB_TABLE, "results.csv", "flickr30k_images/results.csv")
-    path = find(top, (*names, "results_20130124.token"), "file of captions")
-    annotations = [path]
+    path = find(top, ("dataset_flickr30k.json", f"flickr30k_{split}_karpathy.txt", HUB_TABLE), "file of captions")
     if path.suffix == ".json":
-        captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
-    elif path.name == HUB_TABLE:
-        captions = _read_hub_table(path, split)
+        source = open_source(path, columns=Columns(root=str(top)), split=split)
+        captions = {name: source.captions(row) for row, name in enumerate(_image_names(source) or [])}
     else:
-        captions = _read_lines(path)
-        if path.name != listed:
-            annotations.append(find(path.parent, (f"{split}.txt",), "list of the split's images"))
-            captions = _restrict(captions, *annotations)
+        captions = _read_hub_table(path, split) if path.name == HUB_TABLE else _read_lines(path)
     require(bool(captions), f"{path}: no captions in it; get it again")
-    folder = _folder_of(top, next(iter(captions)))
-    return CaptionedFiles(folder, list(captions), list(captions.values()), annotations)
-
-
-def _folder_of(root: Path, name: str) -> Path:
     folders = ("flickr30k-images/", "flickr30k_images/", "images/", "", "flickr30k_images/flickr30k_images/")
-    return find(root, [f"{folder}{name}" for folder in folders], "images").parent
-
-
-def _first_name(path: Path) -> str:
-    values = read_json(path)
-    with reading(path, "file of Karpathy's list of images", hint=AGAIN):
-        return str(values["images"][0]["filename"])
-
-
-def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:
-    source = open_source(path, columns=Columns(root=str(folder)), split=split)
-    names = _image_names(source) or []
-    return {name: source.captions(row) for row, name in enumerate(names)}
+    images = find(top, [f"{folder}{next(iter(captions))}" for folder in folders], "images").parent
+    return CaptionedFiles(images, list(captions), list(captions.values()), [path])
 
 
 def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:
     """Read ``raw`` (a JSON list of captions), ``split`` and ``filename``."""
-    rows = read_table(path, {"captions": ("raw",), "split": ("split",), "name": ("filename",)})
     captions: dict[str, list[str]] = {}
-    for row in rows:
-        if row["split"] != split:
-            continue
-        with reading(path, f"table: {row['name']} has no list of captions", hint=AGAIN):
-            listed = json.loads(row["captions"])
-            if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
-                raise ValueError(f"{row['captions'][:40]!r} is not a list of texts")
-        captions[row["name"]] = [caption.strip() for caption in listed]
+    for row in read_table(path, {"captions": ("raw",), "split": ("split",), "name": ("filename",)}):
+        if row["split"] == split:
+            with reading(path, f"table: {row['name']} has no list of captions", hint=AGAIN):
+                captions[row["name"]] = [text.strip() for text in convert(json.loads(row["captions"]), list[str])]
     return captions
 
 
 def _read_lines(path: Path) -> dict[str, list[str]]:
-    """Read lines of ``NAME.jpg,CAPTION``, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
+    """Read lines of ``NAME.jpg,CAPTION`` after a header."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        match = LINE.fullmatch(line.strip())
-        if match:
-            captions.setdefault(match["name"], []).append(match["caption"].strip())
-        elif number > 1 and line.strip():  # the first line may be a header
-            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is not an image and a caption; fix the line")
+    for number, line in enumerate(read_text(path).splitlines()[1:], start=2):
+        name, _, caption = map(str.strip, line.partition(","))
+        if line.strip():
+            require(bool(name and caption), f"{path} line {number}: not an image and a caption; {AGAIN}")
+            captions.setdefault(name, []).append(caption)
     return captions
 
 
-def _restrict(captions: dict[str, list[str]], path: Path, names_file: Path) -> dict[str, list[str]]:
-    """Keep the captions of the images that ``names_file`` lists, in the file's order."""
-    wanted = read_lines(names_file)
-    if unknown := [name for name in wanted if name not in captions]:
-        raise InputError(f"{names_file}: {unknown[0]} is not in {path.name}; fix the list")
-    return {name: captions[name] for name in wanted}
+class GroupedPairs(JudgedDocuments):
+    """Images with captions search other such images; right are all of the query's group, such as a product's number.
+
+    Where an image has several captions, the first is its text. A query without a document of its group is left out.
+
+    Args:
+        root: the folder of both.
+        queries: a table of pairs that were not trained on, or another source as in :class:`CaptionedPairs`.
+        documents: the pairs that are searched.
+        group: the column of the groups, in both.
+        query_fields: what a query has: ``image``, ``caption`` or both.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        queries: str,
+        documents: str,
+        group: str,
+        query_fields: Sequence[Literal["image", "caption"]] = FIELDS,
+    ) -> None:
+        known = {*query_fields} <= {*FIELDS} and bool(query_fields)
+        require(known, f"query_fields is {listed(list(query_fields))}; name image, caption or both")
+        self._parts = asked, searched = [
+            CaptionedPairs(str(Path(root, path)), group=group) for path in (queries, documents)
+        ]
+        self.annotation_paths = [*asked.annotation_paths, *searched.annotation_paths]
+        of_group = defaultdict[str, list[int]](list)
+        for row in range(len(searched)):
+            of_group[searched.group(row)].append(row)
+        of_group.pop("", None)
+        rows = [row for row in range(len(asked)) if asked.group(row) in of_group]
+        require(bool(rows), f"{queries}: no row's {group!r} is that of a row in {documents}; correct the column")
+        self._images = [(searched, row) for row in range(len(searched))]
+        self.documents = Items(
+            [f"document {searched.key(row)}" for _, row in self._images],
+            [searched.captions(row)[0] for _, row in self._images],
+            list(range(len(searched))),
+        )
+        images, texts = [-1] * len(rows), [""] * len(rows)
+        if "image" in query_fields:
+            images = list(range(len(searched), len(searched) + len(rows)))
+            self._images += [(asked, row) for row in rows]
+        if "caption" in query_fields:
+            texts = [asked.captions(row)[0] for row in rows]
+        self.queries = Items([f"query {asked.key(row)}" for row in rows], texts, images)
+        groups = [of_group[asked.group(row)] for row in rows]
+        self.relevance = [(query, document, 1) for query, found in enumerate(groups) for document in found]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, index: int) -> list[Image.Image]:
+        pairs, row = self._images[index]
+        return pairs.images(row)
+
+    def whole_file(self, index: int) -> Path | None:
+        pairs, row = self._images[index]
+        return pairs.whole_file(row)
+
+    def key(self, index: int) -> str:
+        pairs, row = self._images[index]
+        return pairs.key(row)
+
+    def image_paths(self) -> list[Path]:
+        return list(dict.fromkeys(path for pairs in self._parts for path in pairs.image_paths()))
+
+    def stamp(self) -> str:
+        return f"{len(self._images)}-" + "-".join(pairs.stamp() for pairs in self._parts)
+
+
+def XTD10(root: str, language: str) -> CaptionedFiles:
+    """XTD10: 1,000 images of COCO 2014 with a caption in each of 11 languages (``en``, ``de``, ..., ``jp``, ``zh``).
+
+    ``root`` has the authors' ``XTD10``, ``MIC`` and ``STAIR`` folders or the files in them, and the images: all in
+    ``images``, or in COCO's ``train2014`` and ``val2014``.
+    """
+    top, folders = Path(root), ("XTD10/", "MIC/", "STAIR/", "")
+    listed = find(top, [f"{folder}test_image_names.txt" for folder in folders], "list of images")
+    file = f"test_1kcaptions_{language}.txt"
+    path = find(top, [f"{folder}{file}" for folder in folders], f"captions in {language}")
+    names = read_text(listed).split()
+    captions = [[caption] for caption in read_text(path).splitlines()]
+    if not names or len(captions) != len(names):
+        raise InputError(f"{path}: {len(captions)} captions for {len(names)} images; {AGAIN}")
+    images = find(top, ("images", "train2014", "val2014"), "images")
+    folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}
+    names = [f"{folder_of['train2014' if 'train2014' in name else 'val2014']}/{name}" for name in names]
+    return CaptionedFiles(top, names, captions, [listed, path])
+
+
+def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
+    """Crossmodal-3600: 3,600 images with captions in 36 languages; the first caption is used, as in CLIP_benchmark.
+
+    ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
+    """
+    path, names, captions = find(Path(root), ("captions.jsonl",), "captions.jsonl"), [], []
+    kind = entries({"image/key": str, language: entries({"caption": TEXTS}, total=True)}, total=True)
+    for row in read_json_lines(path, kind):
+        names.append(f"images/{row['image/key']}.jpg")
+        captions.append([row[language]["caption"][0]])
+    require(bool(names), f"{path}: no images in it; {AGAIN}")
+    find(Path(root), ("images",), "images")
+    return CaptionedFiles(Path(root), names, captions, [path])

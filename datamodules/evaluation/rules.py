@@ -19,7 +19,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import entries
-from .annotation_files import AGAIN, find, find_folder, read_json, read_json_lines, read_table, read_text
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_table, read_text
 from .image_files import ListedImages, by_hash, images_in, labels_of, subfolders
 
 Listing = dict[str, list[str]]  # the images of each class
@@ -73,9 +73,11 @@ def list_set(
     in_paths = {"split": differs.pop("split", split), **rule.options, **options}
     rule = replace(rule, **differs)
     folder = Path(root)
-    if any(rule.places):
-        place = find_folder if rule.inside else find
-        folder = place(folder, rule.places, rule.inside or "folder of this set")
+    if rule.inside:
+        places = [f"{place}/{rule.inside}".lstrip("/") for place in rule.places]
+        folder = find(folder, places, "files of this set").parent
+    elif any(rule.places):
+        folder = find(folder, rule.places, "folder of this set")
     images = folder / rule.images.format(**in_paths)
     lists = [find(folder, [each.format(**in_paths) for each in rule.lists], "list of images")] if rule.lists else []
     rows = [row for path in lists for row in _rows(rule, path)]
@@ -91,7 +93,6 @@ def list_set(
 
 
 def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
-    """Read the file and the class of each image from a list."""
     if path.suffix == ".json":
         lists = read_json(path, Listing)
         return [(image, each) for each in sorted(lists) for image in lists[each]]
@@ -107,7 +108,6 @@ def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
 
 
 def _matches(expression: str, path: Path) -> list[re.Match[str]]:
-    """Match each non-empty line."""
     matches = []
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         match = re.fullmatch(expression, line)
@@ -143,11 +143,12 @@ def _caltech101(listing: Listing, split: str, shots: int, seed: int) -> Listing:
 
 
 def _resisc45(listing: Listing, split: str, seed: int) -> Listing:
-    first, last = (0, 1) if split == "train" else (1, 9)  # tenths
-    tenth = {name: len(files) // 10 for name, files in listing.items()}
-    return {
-        name: sorted(by_hash(files, seed)[first * tenth[name] : last * tenth[name]]) for name, files in listing.items()
-    }
+    chosen = {}
+    for name, files in listing.items():
+        tenth = len(files) // 10
+        part = slice(tenth) if split == "train" else slice(tenth, 9 * tenth)
+        chosen[name] = sorted(by_hash(files, seed)[part])
+    return chosen
 
 
 def _eurosat(listing: Listing, split: str, sampled: int, seed: int) -> Listing:
@@ -164,7 +165,8 @@ def _eurosat(listing: Listing, split: str, sampled: int, seed: int) -> Listing:
 DRAWN: dict[str, Callable[..., Listing]] = {"Caltech101": _caltech101, "EuroSAT": _eurosat, "RESISC45": _resisc45}
 
 
-def _opener(name: str) -> Callable[..., ListedImages]:
+@cache
+def opener(name: str) -> Callable[..., ListedImages]:
     """Return the function that opens a set, with its rule's arguments."""
     rule, kind = rules()[name], Parameter.POSITIONAL_OR_KEYWORD
     parameters = [Parameter("root", kind, annotation=str)]
@@ -183,20 +185,3 @@ def _opener(name: str) -> Callable[..., ListedImages]:
     vars(open_set)["__signature__"] = signature
     open_set.__name__, open_set.__doc__, open_set.__annotations__ = name, rule.doc, hints
     return open_set
-
-
-AYahoo = _opener("AYahoo")
-Caltech101 = _opener("Caltech101")
-Country211 = _opener("Country211")
-DTD = _opener("DTD")
-EuroSAT = _opener("EuroSAT")
-FGVCAircraft = _opener("FGVCAircraft")
-Food101 = _opener("Food101")
-GTSRB = _opener("GTSRB")
-HatefulMemes = _opener("HatefulMemes")
-ImageNetV2 = _opener("ImageNetV2")
-OxfordPets = _opener("OxfordPets")
-RenderedSST2 = _opener("RenderedSST2")
-RESISC45 = _opener("RESISC45")
-SUN = _opener("SUN")
-SUN397 = _opener("SUN397")

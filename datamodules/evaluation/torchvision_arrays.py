@@ -36,16 +36,9 @@ def _as_stored(pixels: Any, row: int) -> Image.Image:
 
 
 class ImageArrays(KnownLabels):
-    """Images stored as rows of a file.
+    """Images stored as rows of one or several files.
 
-    Args:
-        paths: the file, or several.
-        open_pixels: opens them and returns their pixels, to be indexed by row.
-        labels: each image's class.
-        class_names: in label order.
-        annotations: the files with the labels.
-        rows: each image's row in the file; None: all rows, in order.
-        image: returns a row of the pixels as an image.
+    ``open_pixels`` opens them, and ``image`` returns a row of the pixels; ``rows`` are the images', by default all.
     """
 
     def __init__(
@@ -82,12 +75,8 @@ class ImageArrays(KnownLabels):
 
     def _pixels(self) -> Any:
         if self._opened is None or self._opened[0] != os.getpid():  # HDF5 files do not survive a fork
-            self._opened = (os.getpid(), self.open())
+            self._opened = (os.getpid(), self._open_pixels())
         return self._opened[1]
-
-    def open(self) -> Any:
-        """Open the file and return its pixels."""
-        return self._open_pixels()
 
     def image_paths(self) -> list[Path]:
         return self.paths
@@ -106,7 +95,7 @@ def _cifar(folder: Path, parts: Sequence[str], meta: str, names_key: str, labels
     labels = [label for path in paths for label in _unpickle(path, "data", labels_key)[labels_key]]
     names = [name.replace("_", " ") for name in _unpickle(folder / meta, names_key)[names_key]]
     pixels = partial(_cifar_pixels, paths, labels_key)
-    return ImageArrays(paths, pixels, labels, names, [folder / meta], image=_image_of_channels)
+    return ImageArrays(paths, pixels, labels, names, [folder / meta])
 
 
 def CIFAR10(root: str, split: TrainTest = "test") -> ImageArrays:
@@ -121,11 +110,8 @@ def CIFAR100(root: str, split: TrainTest = "test") -> ImageArrays:
 
 
 def _cifar_pixels(paths: Sequence[Path], labels_key: str) -> np.ndarray:
-    return np.concatenate([_unpickle(path, "data", labels_key)["data"] for path in paths])
-
-
-def _image_of_channels(pixels: Any, row: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
+    pixels = np.concatenate([_unpickle(path, "data", labels_key)["data"] for path in paths])
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
@@ -146,8 +132,8 @@ def MNIST(root: str, split: TrainTest = "test") -> ImageArrays:
     images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
     refuse_missing(images, labels)
     shape = _idx_size(images, 3)
-    if _idx_size(labels, 1)[0] != shape[0]:
-        raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
+    equal = _idx_size(labels, 1)[0] == shape[0]
+    require(equal, f"{labels}: fewer or more labels than images in {images.name}; get both again")
     classes, names = np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)]
     return ImageArrays([images], partial(np.memmap, images, np.uint8, "r", 16, shape), classes, names, [labels])
 
@@ -174,27 +160,26 @@ def STL10(root: str, split: TrainTest = "test", fold: int | None = None) -> Imag
         classes = np.fromfile(labels, np.uint8).astype(int) - 1
     if path.stat().st_size != len(classes) * 3 * 96 * 96:
         raise InputError(f"{path}: not {len(classes)} images, the number of labels in {labels.name}; get both again")
-    rows, annotations = list(range(len(classes))), [labels]
+    rows, annotations = None, [labels]
+    pixels = partial(_stl10_pixels, path, len(classes))
     if split == "train" and fold is not None:
         rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
-    pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
-    kept = None if len(rows) == len(classes) else rows
-    return ImageArrays([path], pixels, classes[rows].tolist(), STL10_CLASSES, annotations, kept, _image_of_columns)
+        classes = classes[rows]
+    return ImageArrays([path], pixels, classes.tolist(), STL10_CLASSES, annotations, rows)
 
 
-def _image_of_columns(pixels: Any, row: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels[row].transpose(2, 1, 0)))
+def _stl10_pixels(path: Path, count: int) -> np.ndarray:
+    return np.memmap(path, np.uint8, "r", 0, (count, 3, 96, 96)).transpose(0, 3, 2, 1)
 
 
 def _fold(folder: Path, fold: int, count: int) -> list[int]:
     path = folder / "fold_indices.txt"
     lines = read_text(path).splitlines()
-    if not 0 <= fold < len(lines):
-        raise InputError(f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
-    numbers = [whole_number(word) for word in lines[fold].split()]
-    rows = [number for number in numbers if number is not None and number < count]
-    if not rows or len(rows) < len(numbers):
-        raise InputError(f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
+    require(fold in range(len(lines)), f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
+    words = lines[fold].split()
+    rows = [number for word in words if (number := whole_number(word)) is not None and number < count]
+    whole = bool(rows) and len(rows) == len(words)
+    require(whole, f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
     return rows
 
 

@@ -1,36 +1,96 @@
-"""Video sets: UCF101, Kinetics700 and RareAct.
+"""Video sets: UCF101, Kinetics700 and RareAct; the frames of a video.
 
 The paper uses the middle frame (tables 10 and 11), or all frames (table 15).
 """
 
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
-from .annotation_files import find, number, read_table
+from lit_clip.tools.reading import reason
+from .annotation_files import find, import_optional, number, read_table
 from .image_files import ImageFiles, TrainTest
 from .rules import list_set
-from .video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
+
+Frames = Literal["centre", "all"]
+VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+CONTAINERS = {  # no lists of other files or addresses, such as HLS, by any file name
+    "format_whitelist": "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,m4v,asf,ogg,h264,hevc",
+    "protocol_whitelist": "file",
+}
+WHOLE = (0.0, float("inf"))  # seconds
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a container and its first video stream; errors inside the block name the file."""
+    av = import_optional("av", "av", path)
+    try:
+        if not path.is_file():
+            raise BadSample(str(path), "missing video", "no such video")
+        with av.open(str(path), container_options=CONTAINERS) as container:
+            if not container.streams.video:
+                raise BadSample(str(path), "not a video", "no video stream in it; get it again")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # data workers already use every core
+            yield container, stream
+    except BadSample:
+        raise
+    except Exception as error:  # for a broken video anything
+        raise BadSample(str(path), "broken video", f"cannot read this video ({reason(error)}); get it again") from error
+
+
+def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image] | None:
+    """Decode the frames from timestamp ``first`` to ``last``, inclusive; None if seeking went past ``first``."""
+    with _opened(path) as (container, stream):
+        if seek:
+            container.seek(first, stream=stream)
+        images: list[Image.Image] = []
+        for frame in container.decode(stream):
+            if frame.pts is None or frame.pts < first:
+                continue
+            if seek and not images and frame.pts > first:
+                return None
+            if frame.pts > last:
+                break
+            images.append(frame.to_image())
+        return images
+
+
+def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -> list[Image.Image]:
+    """Decode the frames of a video, which need timestamps, as RGB images in display order.
+
+    The ``centre`` of an even number is the later of the two. ``span`` is in seconds from the first frame, without the
+    end; :class:`BadSample` if it contains no frame.
+    """
+    with _opened(path) as (container, stream):  # without decoding
+        times = sorted(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        unit = float(stream.time_base)
+    times = [time for time in times if span[0] <= (time - times[0]) * unit < span[1]]
+    if frames == "centre":
+        times = times[len(times) // 2 :][:1]
+    images = _decoded(path, times[0], times[-1], seek=True) if times else []
+    if images is None:  # the file's index is wrong: decode from the start
+        images = _decoded(path, times[0], times[-1], seek=False)
+    if not images:
+        where = "" if span == WHOLE else f" from {span[0]:g} to {span[1]:g} s"
+        raise BadSample(str(path), "no frames", f"no frame{where} can be decoded; get it again")
+    return images
 
 
 class Videos(ImageFiles):
-    """Labelled video files, or time spans in them; the features of several frames are averaged.
+    """Labelled video files, or ``spans`` of them in seconds; the features of several frames are averaged.
 
-    Args:
-        root: the folder.
-        listed: file and label of each video; None for a file that is not there, which is left out and counted.
-        class_names: in label order.
-        annotations: the files that list the videos.
-        frames: ``centre``: the middle frame; ``all``: every frame.
-        spans: each video's start and end in seconds; None: whole files.
+    ``listed`` are files and labels; a file that is not there is None, and is left out and counted.
     """
 
     def __init__(
@@ -93,12 +153,10 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
 def videos_below(folder: Path) -> dict[str, Path]:
     """Map file stems to all videos below a folder; of equal stems, keep the first path."""
     found: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                found.setdefault(stem, Path(parent, name))
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in VIDEO_SUFFIXES and not hidden:
+            found.setdefault(path.stem, path)
     return found
 
 
@@ -108,34 +166,24 @@ def Kinetics700(root: str, split: str, frames: Frames = "centre") -> Videos:
     Labels follow the sorted class names of all splits whose tables exist. Clips that are gone are left out and counted.
     """
     folder = Path(root)
-    table = _kinetics_table(folder, split)
-    timed = "time_start" in table.read_text(encoding="utf-8-sig").partition("\n")[0]
-    times = {"start": ("time_start",), "end": ("time_end",)} if timed else {}
-    rows = read_table(table, {"label": ("label",), "id": ("youtube_id",), **times})
-    annotations = [table]
+    annotations = [_kinetics_table(folder, split)]
+    rows = read_table(annotations[0], {"label": ("label",), "id": ("youtube_id",)})
     for other in sorted({"train", "val", "validate"} - {split}):
         with suppress(MissingData):
             annotations.append(_kinetics_table(folder, other))
     others = [row for path in annotations[1:] for row in read_table(path, {"label": ("label",)})]
     names = sorted({row["label"] for row in (*rows, *others)})
     found = videos_below(find(folder, (split,), "folder of videos"))
-    for name in list(found):  # also find a clip whose name ends with its seconds by its id
+    for name in list(found):  # a clip's name may end with its seconds; no two clips are of one video
         found.setdefault(re.sub(r"_\d{6}_\d{6}$", "", name), found[name])
     label_of = {name: label for label, name in enumerate(names)}
-    listed = [(found.get(_clip_name(row, str(table))) or found.get(row["id"]), label_of[row["label"]]) for row in rows]
+    listed = [(found.get(row["id"]), label_of[row["label"]]) for row in rows]
     return Videos(folder, listed, names, annotations, frames)
 
 
 def _kinetics_table(root: Path, split: str) -> Path:
     names = (f"annotations/{split}.csv", f"{split}.csv", f"kinetics700/{split}.csv", f"kinetics_700_{split}.csv")
     return find(root, names, f"table of {split}")
-
-
-def _clip_name(row: dict[str, str], table: str) -> str:
-    if "start" not in row:
-        return row["id"]
-    start, end = (int(number(row, column, f"{table}: {row['id']}")) for column in ("start", "end"))
-    return f"{row['id']}_{start:06}_{end:06}"
 
 
 def RareAct(root: str, frames: Frames = "all") -> Videos:
@@ -162,15 +210,11 @@ def RareAct(root: str, frames: Frames = "all") -> Videos:
         listed.append((found.get(row["video_id"]), int(label)))
         spans.append((start, end))
         codes.append(int(code))
-    pairs = _sorted_by_label(words, table)
+    known = sorted(words) == list(range(len(words)))
+    require(known, f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
+    pairs = [words[label] for label in sorted(words)]
     videos = Videos(Path(root), listed, [" ".join(pair) for pair in pairs], [table], frames, spans)
     verbs, nouns = map(list, zip(*pairs, strict=True))
     kept, films = [codes[row] for row in videos.rows], [rows[row]["video_id"] for row in videos.rows]
     videos.truth = Truth(annotations={"verb": verbs, "noun": nouns, "annotation": kept, "video": films})
     return videos
-
-
-def _sorted_by_label(words: dict[int, tuple[str, str]], table: Path) -> Sequence[tuple[str, str]]:
-    if sorted(words) != list(range(len(words))):
-        raise InputError(f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
-    return [words[label] for label in range(len(words))]

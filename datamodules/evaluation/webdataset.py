@@ -7,8 +7,6 @@ or ``.txt`` file of the same name.
 
 import io
 import os
-from abc import abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -28,83 +26,75 @@ from .image_files import KnownLabels
 LARGEST_TARGET = 1 << 20  # bytes
 
 
-class ImageSpan(NamedTuple):
-    """The tar of an image, and the image's offset and size there in bytes."""
+class TarSample(NamedTuple):
+    """A sample's image, by its offset and size in a tar (0: there is none), and the content of its target file."""
 
-    tar: int
-    offset: int
-    size: int
-
-
-@dataclass
-class TarSample:
-    """Position of a sample's image, and the content of its target file."""
-
-    image: ImageSpan | None = None
+    tar: Path
+    name: str
+    offset: int = 0
+    size: int = 0
     target: bytes | None = None
 
+    @property
+    def where(self) -> str:
+        """The sample in messages."""
+        return f"{self.tar} sample {self.name}"
 
-def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample]:
+
+def scan_tar(path: Path, target_suffix: str) -> list[TarSample]:
     """List the samples of a tar in order; read only headers and target files."""
     samples: dict[str, TarSample] = {}
     refuse_missing(path)
     with reading(path, "tar", hint=AGAIN), path.open("rb") as file:
         for member, tar in tar_members(file, os.path.getsize(path)):
-            key, suffix = split_name(member.name)
-            sample = samples.setdefault(key, TarSample())
+            name, suffix = split_name(member.name)
+            sample = samples.setdefault(name, TarSample(path, name))
             if f".{suffix}" in IN_TARS:
-                require(sample.image is None, f"{path} sample {key}: two images; write the tar again")
-                sample.image = ImageSpan(number, member.offset_data, member.size)
+                require(not sample.size, f"{sample.where}: two images; write the tar again")
+                samples[name] = sample._replace(offset=member.offset_data, size=member.size)
             elif suffix == target_suffix:
-                require(member.size <= LARGEST_TARGET, f"{path} sample {key}: its .{suffix} has {member.size:,} bytes")
+                require(member.size <= LARGEST_TARGET, f"{sample.where}: its .{suffix} has {member.size:,} bytes")
                 content = tar.extractfile(member)
-                sample.target = content.read() if content is not None else None
-    return {key: sample for key, sample in samples.items() if key and (sample.image or sample.target is not None)}
+                samples[name] = sample._replace(target=content.read() if content is not None else None)
+    return [each for name, each in samples.items() if name and (each.size or each.target is not None)]
 
 
 class TarImages(ImageSet):
-    """Images in tar files: the name of each sample, and the position of its image, if it has one."""
+    """The images of samples in tar files."""
 
     tars: list[Path]
-    keys: list[str]
-    spans: list[ImageSpan | None]
-
-    @abstractmethod
-    def where(self, index: int) -> str:
-        """Name a sample in error messages."""
+    samples: list[TarSample]
 
     def image(self, index: int) -> Image.Image:
         """Decode the image of a sample."""
-        span = self.spans[index]
-        if span is None:
-            raise BadSample(self.where(index), "missing image", "no image; fix the set")
-        with self.tars[span.tar].open("rb") as file:  # takes microseconds, and data workers keep no file open
-            file.seek(span.offset)
-            return image_for_model(io.BytesIO(file.read(span.size)), self.where(index))
+        sample = self.samples[index]
+        if not sample.size:
+            raise BadSample(sample.where, "missing image", "no image; fix the set")
+        with sample.tar.open("rb") as file:  # takes microseconds, and data workers keep no file open
+            file.seek(sample.offset)
+            return image_for_model(io.BytesIO(file.read(sample.size)), sample.where)
 
     def images(self, index: int) -> list[Image.Image]:
         return [self.image(index)]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.samples)
 
     def key(self, index: int) -> str:
-        return self.keys[index]
+        return f"{self.samples[index].tar.stem}/{self.samples[index].name}"
 
     def image_paths(self) -> list[Path]:
         return self.tars
 
 
 class _Tars(TarImages):
-    """Images in the tar files of a split; the split is a subfolder of the set's folder.
+    """Images in the tar files of a split, a subfolder of the set's folder.
 
-    Attributes:
-        templates: the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
-        targets: the content of each sample's ``.cls``, ``.npy`` or ``.txt`` file.
+    ``templates`` are the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
     """
 
     kind: ClassVar[str]  # in dataset_type.txt
-    suffix: ClassVar[str]  # of targets
+    suffix: ClassVar[str]  # of the files with targets
 
     def __init__(self, root: str, split: str = "test") -> None:
         self.root, self.split = Path(root), split
@@ -119,41 +109,36 @@ class _Tars(TarImages):
             raise InputError(f"{self.root / split / 'nshards.txt'}: {count[:20]!r} must be the number of tar files")
         lists = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt", f"{split}/nshards.txt")
         self.annotation_paths = [self.root / name for name in lists if (self.root / name).exists()]
-        self.tars, self.keys, self.spans = [], [], []
-        self.targets: list[bytes] = []
+        self.tars, self.samples = [], []
         for number in range(shards):  # if the count is too large, the first missing tar ends this
-            path = self.root / split / f"{number}.tar"
-            self.tars.append(path)
-            for key, sample in scan_tar(path, number, self.suffix).items():
-                if sample.target is None:
-                    raise InputError(f"{path} sample {key}: an image without {key}.{self.suffix}; fix the set")
-                self.keys.append(f"{path.stem}/{key}")
-                self.spans.append(sample.image)
-                self.targets.append(sample.target)
-        require(bool(self.keys), f"{self.root / split}: no samples in its {count} tar files")
+            self.tars.append(self.root / split / f"{number}.tar")
+            self.samples += scan_tar(self.tars[-1], self.suffix)
+        require(bool(self.samples), f"{self.root / split}: no samples in its {count} tar files")
+        lacking = next((sample for sample in self.samples if sample.target is None), None)
+        if lacking is not None:
+            raise InputError(f"{lacking.where}: an image without {lacking.name}.{self.suffix}; fix the set")
 
     def _lines(self, name: str) -> list[str]:
         """Return the lines of one of the set's files, without trailing empty lines; [] if it does not exist."""
         path = self.root / name
-        lines = [line.strip() for line in read_text(path).splitlines()] if path.exists() else []
-        while lines and not lines[-1]:
-            lines.pop()
-        return lines
+        return [line.strip() for line in read_text(path).rstrip().splitlines()] if path.exists() else []
 
-    def _target_text(self, index: int) -> str:
+    def _target_text(self, sample: TarSample) -> str:
         try:
-            return self.targets[index].decode("utf-8")
+            return (sample.target or b"").decode("utf-8")
         except UnicodeDecodeError as error:
             problem = f"its .{self.suffix} is not UTF-8 text (byte {error.start})"
-            raise InputError(f"{self.where(index)}: {problem}; write the file again") from error
-
-    def where(self, index: int) -> str:
-        """Name a sample in error messages."""
-        tar, _, key = self.keys[index].partition("/")
-        return f"{self.root / self.split / tar}.tar sample {key}"
+            raise InputError(f"{sample.where}: {problem}; write the file again") from error
 
     def stamp(self) -> str:
         return f"{self.split}-{len(self)}-{stamp_of_files(self.tars)}"
+
+
+def _npy(sample: TarSample) -> list[float]:
+    """Return the numbers of a ``.npy`` file; none if it holds anything but a list of numbers."""
+    with reading(f"{sample.where}: its .npy", "array of numbers", hint="write the file again"):
+        array = np.lib.format.read_array(io.BytesIO(sample.target or b""), allow_pickle=False)
+        return [float(value) for value in array] if array.ndim == 1 and array.dtype.kind in "biuf" else []
 
 
 class WebDataset(_Tars, KnownLabels):
@@ -163,19 +148,18 @@ class WebDataset(_Tars, KnownLabels):
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
-        self._labels = [self._label(index) for index in range(len(self))]
+        self._labels = []
+        for sample in self.samples:
+            text = self._target_text(sample).strip()
+            label = whole_number(text)
+            if label is None:
+                raise InputError(f"{sample.where}: its label is {text[:40]!r}, not a whole number of at least 0")
+            self._labels.append(label)
         self.class_names = self._lines("classnames.txt") or numbered(self._labels, str(self.root))
-        for index, label in enumerate(self._labels):
+        for sample, label in zip(self.samples, self._labels, strict=True):
             if label >= len(self.class_names):
                 names = f"classnames.txt has {len(self.class_names)} names"
-                raise InputError(f"{self.where(index)}: its label is {label}, but {names}; labels count from 0")
-
-    def _label(self, index: int) -> int:
-        text = self._target_text(index).strip()
-        label = whole_number(text)
-        if label is None:
-            raise InputError(f"{self.where(index)}: its label is {text[:40]!r}, not a whole number of at least 0")
-        return label
+                raise InputError(f"{sample.where}: its label is {label}, but {names}; labels count from 0")
 
 
 class WebDatasetGroups(WebDataset):
@@ -187,22 +171,15 @@ class WebDatasetGroups(WebDataset):
 
     def __init__(self, root: str, columns: list[str], split: str = "test") -> None:
         super().__init__(root, split)
-        metadata: dict[str, bytes | None] = {}
-        for number, path in enumerate(self.tars):
-            metadata |= {f"{path.stem}/{key}": it.target for key, it in scan_tar(path, number, "npy").items()}
-        rows = [self._numbers(index, metadata.get(key), len(columns)) for index, key in enumerate(self.keys)]
+        metadata = {(each.tar, each.name): each for path in self.tars for each in scan_tar(path, "npy")}
+        rows = [self._numbers(metadata.get((each.tar, each.name), each), len(columns)) for each in self.samples]
         self.truth = Truth(groups={name: [str(row[column]) for row in rows] for column, name in enumerate(columns)})
 
-    def _numbers(self, index: int, content: bytes | None, columns: int) -> list[int]:
-        if content is None:
-            raise InputError(f"{self.where(index)}: no .npy file of metadata; get the set again")
-        with reading(f"{self.where(index)}: its .npy", "array of numbers", hint="get the set again"):
-            row = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-            numbers = [float(value) for value in row[:columns]] if row.ndim == 1 and row.dtype.kind in "iuf" else []
-        if len(numbers) < columns or not all(number.is_integer() for number in numbers):
-            raise InputError(
-                f"{self.where(index)}: its .npy must start with {columns} whole numbers; get the set again"
-            )
+    def _numbers(self, sample: TarSample, columns: int) -> list[int]:
+        require(sample.target is not None, f"{sample.where}: no .npy file of metadata; get the set again")
+        numbers = _npy(sample)[:columns]
+        whole = len(numbers) == columns and all(number.is_integer() for number in numbers)
+        require(whole, f"{sample.where}: its .npy must start with {columns} whole numbers; get the set again")
         return [int(number) for number in numbers]
 
 
@@ -213,22 +190,15 @@ class WebDatasetMultiLabel(_Tars, KnownLabels):
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
-        marks = [self._marks(index) for index in range(len(self))]
+        marks = list(map(_npy, self.samples))
         self.class_names = self._lines("classnames.txt") or [str(label) for label in range(len(marks[0]))]
-        for index, mark in enumerate(marks):
+        for sample, mark in zip(self.samples, marks, strict=True):
+            plain = bool(mark) and {*mark} <= {0, 1}
+            require(plain, f"{sample.where}: its .npy must hold a 0 or a 1 for each class; write it again")
             if len(mark) != len(self.class_names):
                 problem = f"{len(mark)} marks for {len(self.class_names)} class names"
-                raise InputError(f"{self.where(index)}: {problem}; fix classnames.txt or the set")
-        self._labels, self.truth = [-1] * len(marks), Truth(relevance=torch.tensor(np.stack(marks)))
-
-    def _marks(self, index: int) -> np.ndarray:
-        target = io.BytesIO(self.targets[index])
-        with reading(f"{self.where(index)}: its .npy", "array of numbers", hint="write the file again"):
-            marks = np.lib.format.read_array(target, allow_pickle=False)
-            good = marks.ndim == 1 and marks.dtype.kind in "biuf" and bool(np.isin(marks, (0, 1)).all())
-        if not good:
-            raise InputError(f"{self.where(index)}: its .npy must hold a 0 or a 1 for each class; write it again")
-        return marks.astype(np.int8)
+                raise InputError(f"{sample.where}: {problem}; fix classnames.txt or the set")
+        self._labels, self.truth = [-1] * len(marks), Truth(relevance=torch.tensor(marks, dtype=torch.int8))
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
@@ -238,9 +208,9 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
-        for index in range(len(self)):
-            require(bool(self.captions(index)), f"{self.where(index)}: its .txt is empty; fix the set")
+        for index, sample in enumerate(self.samples):
+            require(bool(self.captions(index)), f"{sample.where}: its .txt is empty; fix the set")
 
     def captions(self, index: int) -> list[str]:
         # CLIP_benchmark counts an empty line as a caption, although no image can be found by it.
-        return [line for line in self._target_text(index).splitlines() if line.strip()]
+        return [line for line in self._target_text(self.samples[index]).splitlines() if line.strip()]

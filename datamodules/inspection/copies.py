@@ -10,7 +10,7 @@ Shapes: N rows, M captions, F different files.
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -18,18 +18,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.levels import NO_RANGE
 from lit_clip.tools.workers import Mapped, loader
-from ..near_duplicates import NEAR_BITS, LookIndex, Looks, look_labels
+from ..near_duplicates import LOOK, NEAR_BITS, LookIndex, look_labels
 from ..pairs.decisions import DROP, KEEP
 from ..pairs.findings import Finding
 from ..pairs.source import PairSource
-from .scan import CHUNK, DECODED, PLAIN, SAYS_NOTHING, TOO_LONG, ScanFindings
+from .scan import DECODED, PLAIN, SAYS_NOTHING, TOO_LONG, ScanFindings
 
 CELLS = 8  # a side of the images that are compared
 CANDIDATE_BITS = 4  # by which two hashes may differ
@@ -56,12 +55,11 @@ class ValidationCopies(NamedTuple):
 def find_copies(found: ScanFindings, source: PairSource, num_workers: int) -> PairCopies:
     """Compare all pairs of a scan; read again the images that look the same."""
     images, usable, rows = found.images, found.usable, found.caption_rows
-    looks = _look_labels(found)  # [N]
-    labels = _image_labels(found, looks, source, num_workers)  # [N]
+    looks, labels = _labels(found, source, num_workers)
     same, like = (_best(found, each)[each[rows]] for each in (labels, looks)) if len(usable) else (rows, rows)
-    order = np.lexsort((_smallness(found)[rows], found.captions, labels[rows]))
+    order = np.lexsort((_smallness(found)[rows], found.captions["hash"], labels[rows]))
     new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(labels[rows[order]]) != 0) | (np.diff(found.captions[order].view(np.int64)) != 0)
+    new[1:] = (np.diff(labels[rows[order]]) != 0) | (np.diff(found.captions["hash"][order].view(np.int64)) != 0)
     of_pair = np.empty_like(rows)
     of_pair[order] = rows[order[np.flatnonzero(new)[np.cumsum(new) - 1]]]
     same_caption = of_pair != rows
@@ -82,36 +80,30 @@ def _best(found: ScanFindings, labels: np.ndarray) -> np.ndarray:
     return order[np.unique(labels[order], return_index=True)[1]]
 
 
-def _look_labels(found: ScanFindings) -> np.ndarray:
-    """Number the images from 0, with one number per look, int64 ``[N]``; unusable images have 0."""
+def _labels(found: ScanFindings, source: PairSource, num_workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number the looks of all images, and the images that are copies of each other, int64 ``[N]``; unusable ones are 0.
+
+    Images with one look that differ in their pixels are no copies.
+    """
     images, usable = found.images, found.usable
-    labels = np.zeros(len(images), dtype=np.int64)
-    _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
-    files = images[usable[first]]
-    shaped = files["state"] & PLAIN == 0
-    of_file = np.arange(len(files))
-    of_file[shaped] = len(files) + look_labels(files["bits"][shaped], files["colour"][shaped], CANDIDATE_BITS)
-    labels[usable] = np.unique(of_file, return_inverse=True)[1][numbers]
-    return labels
-
-
-def _image_labels(found: ScanFindings, looks: np.ndarray, source: PairSource, num_workers: int) -> np.ndarray:
-    """Number the images as :func:`_look_labels` does, but separate images that differ in their pixels."""
-    images, usable, labels = found.images, found.usable, np.zeros(len(found.images), dtype=np.int64)
     _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
     files = usable[first]  # the first row of each file, [F]
-    of_file = files.copy()  # row that stands for each file
-    several = np.bincount(looks[files])[looks[files]] > 1
-    places = np.flatnonzero(several)
-    places = places[np.lexsort((files[places], _smallness(found)[files[places]], looks[files[places]]))]
+    shaped = images["state"][files] & PLAIN == 0
+    look = np.arange(len(files))
+    look[shaped] = len(files) + look_labels(images[files[shaped]], CANDIDATE_BITS)
+    look = np.unique(look, return_inverse=True)[1]
+    original = files.copy()  # row that stands for each file
+    places = np.flatnonzero(np.bincount(look)[look] > 1)
+    places = places[np.lexsort((files[places], _smallness(found)[files[places]], look[places]))]
     small = _small_images(source, files[places], num_workers)
     start = 0
-    for stop in [*(np.flatnonzero(np.diff(looks[files[places]])) + 1).tolist(), len(places)]:
+    for stop in [*(np.flatnonzero(np.diff(look[places])) + 1).tolist(), len(places)]:
         members = _first_alike(small[start:stop])
-        of_file[places[start:stop]] = files[places[start + members]]
+        original[places[start:stop]] = files[places[start + members]]
         start = stop
-    labels[usable] = np.unique(of_file, return_inverse=True)[1][numbers]
-    return labels
+    looks, labels = np.zeros((2, len(images)), dtype=np.int64)
+    looks[usable], labels[usable] = look[numbers], np.unique(original, return_inverse=True)[1][numbers]
+    return looks, labels
 
 
 def _first_alike(small: np.ndarray) -> np.ndarray:
@@ -141,18 +133,14 @@ def _small(source: PairSource, row: int) -> np.ndarray:
     return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).reshape(-1)
 
 
-def _small_each(source: PairSource, rows: Sequence[int]) -> np.ndarray:
-    return np.stack([_small(source, row) for row in rows])
-
-
 def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.ndarray:
-    read: Mapped[np.ndarray] = Mapped(partial(_small_each, source), in_batches(rows.tolist(), CHUNK))
-    parts = [np.zeros((0, CELLS * CELLS * 3), dtype=np.int16)]
+    read: Mapped[np.ndarray] = Mapped(partial(_small, source), rows.tolist())
+    images = [np.zeros((0, CELLS * CELLS * 3), dtype=np.int16)]
     with progress("comparing copies", len(rows), enabled=len(rows) > 0) as advance:
-        for part in loader(read, num_workers):
-            parts.append(part)
-            advance(len(part))
-    return np.concatenate(parts)
+        for image in loader(read, num_workers):
+            images.append(image[None])
+            advance(1)
+    return np.concatenate(images)
 
 
 def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> ValidationCopies:
@@ -175,8 +163,10 @@ def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> Val
     return ValidationCopies(rows, same_file)
 
 
-def _looks(images: np.ndarray) -> Looks:
-    return Looks(images["bits"], images["colour"], images["state"] & PLAIN > 0)
+def _looks(images: np.ndarray) -> np.ndarray:
+    looks = np.zeros(len(images), LOOK)
+    looks["bits"], looks["colour"], looks["plain"] = images["bits"], images["colour"], images["state"] & PLAIN > 0
+    return looks
 
 
 def scan_lines(
@@ -189,7 +179,7 @@ def scan_lines(
     """Yield lines for rows left out when the source was opened, then lines for other rows in order."""
     for where, reason in source.left_out.listed:
         yield Finding(DROP, reason, where)
-    remarkable = (copies.row >= 0) | (found.flags > 0)
+    remarkable = (copies.row >= 0) | (found.captions["flags"] > 0)
     listed = (found.images["state"] == 0) | (found.images["state"] & PLAIN > 0)
     listed[found.caption_rows[remarkable]] = True
     if validation is not None:
@@ -198,28 +188,22 @@ def scan_lines(
     ends = np.cumsum(found.images["captions"], dtype=np.int64)
     for row in np.flatnonzero(listed).tolist():
         if not found.images["state"][row]:
-            yield _unusable(source, row, *next(problems)[1:])
+            _, reason, problem = next(problems)
+            key = None
+            with suppress(BadSample):
+                key = source.key(row)
+            line = Finding.of_row(row, key)
+            line.add(reason, KEEP if reason == NO_RANGE else DROP, problem)  # train by a window
+            yield line
         elif validation is not None and validation[1].row[row] >= 0:
-            yield _of_validation(source, row, *validation)
+            others, copied = validation
+            line = Finding.of_row(row, source.key(row))
+            line.add("copy of a validation image" if copied.same_file[row] else "looks like a validation image", DROP)
+            line.copy_of = others.key(int(copied.row[row]))
+            yield line
         else:
             place = range(int(ends[row] - found.images["captions"][row]), int(ends[row]))
             yield from _of_pairs(source, row, found, place, copies, tokenizer)
-
-
-def _unusable(source: PairSource, row: int, reason: str, problem: str) -> Finding:
-    key = None
-    with suppress(BadSample):
-        key = source.key(row)
-    line = Finding.of_row(row, key)
-    line.add(reason, KEEP if reason == NO_RANGE else DROP, problem)  # train by a window
-    return line
-
-
-def _of_validation(source: PairSource, row: int, validation: PairSource, copies: ValidationCopies) -> Finding:
-    line = Finding.of_row(row, source.key(row))
-    line.add("copy of a validation image" if copies.same_file[row] else "looks like a validation image", DROP)
-    line.copy_of = validation.key(int(copies.row[row]))
-    return line
 
 
 def _of_pairs(
@@ -236,9 +220,9 @@ def _of_pairs(
             line.copy_of, line.copy_of_row = source.key(other) if line.finding else "", other if same_image else None
         if found.images[row]["state"] & PLAIN:
             line.add("a single colour", KEEP)
-        if found.flags[number] & SAYS_NOTHING:
+        if found.captions["flags"][number] & SAYS_NOTHING:
             line.add("caption says nothing", DROP)
-        if found.flags[number] & TOO_LONG:
+        if found.captions["flags"][number] & TOO_LONG:
             read = f"{tokenizer.count(caption)} tokens, of which {tokenizer.context_length} are read"
             line.add("caption too long", KEEP, read)
         if line.finding:

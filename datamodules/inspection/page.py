@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +12,22 @@ from PIL import Image
 from lit_clip.errors import BadSample
 from lit_clip.tools.console import size_in_bytes
 from lit_clip.tools.html import stored_thumbnail, write_page
-from ..near_duplicates import Groups, equal_groups, look_alikes
+from ..near_duplicates import Groups, equal_groups, look_labels
 from ..pairs.decisions import DROP
+from ..pairs.findings import Counts
 from ..pairs.related_rows import caption_hash
-from ..pairs.source import LISTED, PairSource, SkippedRows
+from ..pairs.source import LISTED, PairSource
 from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
 
 MIXED = np.uint64(0x9E3779B97F4A7C15)  # the product of one of two hashes with it, and the other: a hash of both
+TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
+SAMPLES = 24
+OF_GROUP = 4  # images of a group that are shown
+CHARACTERS = 200  # of a caption
+BARS = 40
 
 
-class SummaryLine(NamedTuple):
+class Line(NamedTuple):
     """A line of the summary; ``wrong`` marks a problem in the data."""
 
     name: str
@@ -29,11 +35,7 @@ class SummaryLine(NamedTuple):
     wrong: bool = False
 
 
-class SummarySection(NamedTuple):
-    """Lines under a heading."""
-
-    title: str
-    lines: list[SummaryLine]
+Summary = dict[str, list[Line]]  # the lines below each heading
 
 
 class DuplicateGroups(NamedTuple):
@@ -45,6 +47,16 @@ class DuplicateGroups(NamedTuple):
     pairs: int  # beyond the first with the same file and caption
 
 
+class Inspection(NamedTuple):
+    """What is known about data after reading them once."""
+
+    name: str
+    source: PairSource
+    findings: ScanFindings
+    duplicates: DuplicateGroups
+    context_length: int  # tokens that the model reads of a caption
+
+
 def find_duplicates(findings: ScanFindings, things: np.ndarray | None = None) -> DuplicateGroups:
     """Find duplicates by comparing the hashes of all images and captions.
 
@@ -54,13 +66,13 @@ def find_duplicates(findings: ScanFindings, things: np.ndarray | None = None) ->
     files = _of_rows(equal_groups(images["file"][rows]), rows)
     first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
     first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
-    looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
-    pairs = images["file"][findings.caption_rows] ^ (findings.captions * MIXED)
-    captions = equal_groups(findings.captions)
+    looks = _of_rows(equal_groups(look_labels(images[first_rows])), first_rows)
+    pairs = images["file"][findings.caption_rows] ^ (findings.captions["hash"] * MIXED)
+    captions = equal_groups(findings.captions["hash"])
     if things is not None:
-        of_thing = findings.captions ^ (things[findings.caption_rows].astype(np.uint64) * MIXED)
+        of_thing = findings.captions["hash"] ^ (things[findings.caption_rows].astype(np.uint64) * MIXED)
         first = np.sort(np.unique(of_thing, return_index=True)[1])
-        captions = _of_rows(equal_groups(findings.captions[first]), first)
+        captions = _of_rows(equal_groups(findings.captions["hash"][first]), first)
     return DuplicateGroups(files, looks, captions, len(pairs) - len(np.unique(pairs)))
 
 
@@ -68,27 +80,25 @@ def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
     return groups._replace(largest=[rows[group] for group in groups.largest])
 
 
-def summarize(
-    findings: ScanFindings,
-    left_out: SkippedRows,
-    duplicates: DuplicateGroups,
-    context_length: int,
-) -> list[SummarySection]:
-    """Summarise pairs, images and captions; ``left_out`` are the rows dropped at opening."""
-    sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
-    if len(findings.usable):
-        sections.append(SummarySection("images", _image_lines(findings, duplicates)))
-        sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
-    return sections
-
-
-def findings_section(counts: Mapping[tuple[str, str], int]) -> list[SummarySection]:
-    """Return the section about the table of findings, or none if the table has no lines."""
-    lines = [
-        SummaryLine(f"{finding}: {decision}", f"{count:,}", decision == DROP)
-        for (finding, decision), count in sorted(counts.items(), key=lambda item: (item[0][1], -item[1], item[0]))
-    ]
-    return [SummarySection("findings, with the decisions that the table proposes", lines)] if lines else []
+def summarize(inspection: Inspection, counts: Counts) -> Summary:
+    """Summarise pairs, images, captions, and the ``counts`` of the table of findings."""
+    findings, duplicates, left_out = inspection.findings, inspection.duplicates, inspection.source.left_out
+    usable, found = len(findings.usable), len(findings.images) + left_out.counts.total()
+    lines = [Line("rows or samples found", f"{found:,}"), Line("usable", share(usable, found))]
+    lines += [Line(f"left out: {reason}", f"{count:,}", True) for reason, count in left_out.counts.most_common()]
+    lines += [Line(f"unusable: {reason}", f"{count:,}", True) for reason, count in findings.reasons.most_common()]
+    repeated = share(duplicates.pairs, usable)
+    summary = {"pairs": [*lines, Line("same image and caption as another pair", repeated, duplicates.pairs > 0)]}
+    if usable:
+        summary["images"] = _image_lines(findings, duplicates)
+        summary["captions"] = _caption_lines(findings, duplicates, inspection.context_length)
+    if counts:
+        ordered = sorted(counts.items(), key=lambda item: (item[0][1], -item[1], item[0]))
+        lines = [
+            Line(f"{finding}: {decision}", f"{count:,}", decision == DROP) for (finding, decision), count in ordered
+        ]
+        summary["findings, with the decisions that the table proposes"] = lines
+    return summary
 
 
 def share(part: int, whole: int) -> str:
@@ -98,34 +108,23 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})" if part / whole >= 0.001 else f"{part:,} (under 0.1%)"
 
 
-def _pair_lines(findings: ScanFindings, left_out: SkippedRows, duplicates: DuplicateGroups) -> list[SummaryLine]:
-    read, usable, dropped = len(findings.images), len(findings.usable), left_out.counts.total()
-    lines = [
-        SummaryLine("rows or samples found", f"{read + dropped:,}"),
-        SummaryLine("usable", share(usable, read + dropped)),
-    ]
-    lines += [SummaryLine(f"left out: {reason}", f"{count:,}", True) for reason, count in left_out.counts.most_common()]
-    lines += [
-        SummaryLine(f"unusable: {reason}", f"{count:,}", True) for reason, count in findings.reasons.most_common()
-    ]
-    lines.append(
-        SummaryLine("same image and caption as another pair", share(duplicates.pairs, usable), duplicates.pairs > 0)
-    )
-    return lines
-
-
-def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[SummaryLine]:
+def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Line]:
     images = findings.images[findings.distinct]
     number = len(images)
     kinds = {str(formats()[kind]): count for kind, count in _counts(images["format"]).items()}
     modes = {(*Image.MODES, "other")[mode]: count for mode, count in _counts(images["mode"]).items()}
     lines = [
-        SummaryLine("images", f"{number:,}, with {len(findings.captions):,} captions"),
-        SummaryLine("formats", _listed(kinds, number)),
-        SummaryLine("colour modes", _listed(modes, number)),
-        SummaryLine("bytes", f"{size_in_bytes(images['bytes'].sum())}, {size_in_bytes(images['bytes'].mean())} each"),
-        *_size_lines(images),
+        Line("images", f"{number:,}, with {len(findings.captions):,} captions"),
+        Line("formats", _listed(kinds, number)),
+        Line("colour modes", _listed(modes, number)),
+        Line("bytes", f"{size_in_bytes(images['bytes'].sum())}, {size_in_bytes(images['bytes'].mean())} each"),
     ]
+    area = images["width"].astype(np.int64) * images["height"]
+    for name, place in (("smallest", 0), ("median", number // 2), ("largest", number - 1)):
+        row = np.argpartition(area, place)[place]
+        lines.append(Line(f"{name}, width x height", f"{images['width'][row]} x {images['height'][row]}"))
+    small = int((np.minimum(images["width"], images["height"]) < 224).sum())
+    lines.append(Line("shorter side under 224 pixels", share(small, number)))
     states = (
         ("more than 8 bits a level (models see the highest 8)", DEEP),
         ("four or more bands, as CMYK (models see them converted to RGB)", CONVERTED),
@@ -136,49 +135,35 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
     )
     for name, bit in states:
         count = int((images["state"] & bit > 0).sum())
-        lines += [SummaryLine(name, share(count, number), True)] if count else []
+        lines += [Line(name, share(count, number), True)] if count else []
     lines.append(_duplicate_line("same file as another image", duplicates.files, number))
     lines.append(_duplicate_line("other file that looks the same (64-bit difference hash)", duplicates.looks, number))
     return lines
 
 
-def _size_lines(images: np.ndarray) -> list[SummaryLine]:
-    width, height = images["width"], images["height"]
-    area = width.astype(np.int64) * height
-    lines = []
-    for name, place in (("smallest", 0), ("median", len(area) // 2), ("largest", len(area) - 1)):
-        row = np.argpartition(area, place)[place]
-        lines.append(SummaryLine(f"{name}, width x height", f"{width[row]} x {height[row]}"))
-    small = int((np.minimum(width, height) < 224).sum())
-    lines.append(SummaryLine("shorter side under 224 pixels", share(small, len(images))))
-    return lines
-
-
-def _duplicate_line(name: str, groups: Groups, whole: int) -> SummaryLine:
+def _duplicate_line(name: str, groups: Groups, whole: int) -> Line:
     in_groups = f" in {groups.number:,} {'group' if groups.number == 1 else 'groups'}" if groups.number else ""
-    return SummaryLine(name, share(groups.surplus, whole) + in_groups, groups.number > 0)
+    return Line(name, share(groups.surplus, whole) + in_groups, groups.number > 0)
 
 
-def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[SummaryLine]:
-    counts = np.bincount(findings.tokens)
+def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[Line]:
+    counts = np.bincount(findings.captions["tokens"])
     lengths, number = np.arange(len(counts)), int(counts.sum())
     cut = int(counts[context_length + 1 :].sum())
     lost = int((counts * (lengths - context_length).clip(0)).sum())
     median, most = (int(np.searchsorted(counts.cumsum(), number * part)) for part in (0.5, 0.95))
+    sizes = f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}"
     lines = [
-        SummaryLine("captions", f"{number:,}"),
-        SummaryLine(
-            "tokens, start and end included",
-            f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}",
-        ),
-        SummaryLine(f"truncated at {context_length} tokens", share(cut, number), cut > 0),
+        Line("captions", f"{number:,}"),
+        Line("tokens, start and end included", sizes),
+        Line(f"truncated at {context_length} tokens", share(cut, number), cut > 0),
     ]
     if cut:
-        lines.append(SummaryLine("tokens lost per truncated caption", f"{lost / cut:.1f} on average", True))
+        lines.append(Line("tokens lost per truncated caption", f"{lost / cut:.1f} on average", True))
     lines.append(_duplicate_line("same as another caption", duplicates.captions, number))
     if duplicates.captions.number:
         as_right = "--model.loss Contrastive --model.loss.duplicates positives"
-        lines.append(SummaryLine("to count them as right in training", as_right))
+        lines.append(Line("to count them as right in training", as_right))
     return lines
 
 
@@ -190,28 +175,13 @@ def _listed(counts: Mapping[str, int], whole: int) -> str:
     return ", ".join(f"{name} {share(count, whole)}" for name, count in counts.items() if count)
 
 
-TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
-SAMPLES = 24
-OF_GROUP = 4  # images of a group that are shown
-CHARACTERS = 200  # of a caption
-BARS = 40
-
-
-def write_inspection(
-    path: Path,
-    title: str,
-    source: PairSource,
-    findings: ScanFindings,
-    duplicates: DuplicateGroups,
-    sections: Sequence[SummarySection],
-    context_length: int,
-    table: tuple[str, str] | None,
-) -> None:
+def write_inspection(path: Path, inspection: Inspection, summary: Summary, table: tuple[str, str] | None) -> None:
     """Write the HTML page of a scan.
 
-    ``context_length`` is the number of tokens that the model reads of a caption, ``table`` the name of the table
-    of findings beside the page and the command that trains on the rest; None without findings.
+    ``table`` is the name of the table of findings beside the page and the command that trains on the rest; None without
+    findings.
     """
+    source, findings, duplicates = inspection.source, inspection.findings, inspection.duplicates
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
     wrong = [(where, line) for where, _, line in findings.problems[:LISTED]] + source.left_out.listed
@@ -219,10 +189,10 @@ def write_inspection(
         write_page(
             path,
             TEMPLATE,
-            title=title,
-            sections=sections,
+            title=inspection.name,
+            sections=summary,
             findings=table,
-            histograms=list(_histograms(findings, context_length)),
+            histograms=list(_histograms(findings, inspection.context_length)),
             samples=_shown(source, samples),
             groups=[
                 ("the same file", duplicates.files.number, _groups(duplicates.files, source)),
@@ -238,7 +208,7 @@ def _histograms(findings: ScanFindings, context_length: int) -> Iterator[dict[st
     images = findings.images[findings.distinct]
     if not len(images):
         return
-    lengths = np.bincount(findings.tokens)
+    lengths = np.bincount(findings.captions["tokens"])
     width = -(-(context_length + 1) // (BARS // 2))  # tokens per bar; half of the bars are for truncated captions
     truncated = context_length + 1 + width * np.arange(BARS // 2)
     truncated = truncated[: np.searchsorted(truncated, len(lengths)) + 1]
@@ -291,7 +261,7 @@ def _captions(groups: Groups, source: PairSource, findings: ScanFindings) -> Ite
     """Return the most frequent captions and their counts."""
     rows = findings.caption_rows
     for positions in groups.largest:
-        wanted = int(findings.captions[positions[0]])
+        wanted = int(findings.captions["hash"][positions[0]])
         try:
             captions = source.captions(int(rows[positions[0]]))
         except BadSample as error:

@@ -8,14 +8,14 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 from PIL import Image
 
-from lit_clip.embedding.encoding_task import remaining
+from lit_clip.embedding.encode import remaining
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
@@ -35,6 +35,27 @@ WORDS = frozenset(
         *("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"),
     )
 )
+CHUNK = 32  # pairs that a data worker reads at once
+DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
+READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT, DEEP, CONVERTED = (1 << bit for bit in range(7))  # of ``state``
+SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
+IMAGE = np.dtype(
+    [
+        ("row", "i8"),  # of the source
+        ("key", "u8"),  # hash of the image's key
+        ("file", "u8"),  # hash of its bytes
+        ("bits", "u8"),  # this and colour: see near_duplicates.Look
+        ("colour", "u4"),
+        ("width", "u4"),
+        ("height", "u4"),
+        ("bytes", "u4"),
+        ("captions", "u4"),  # their number
+        ("format", "u1"),  # index in formats()
+        ("mode", "u1"),  # index in Image.MODES; its length: another mode
+        ("state", "u1"),  # 0: cannot be used, and all others but the row are 0
+    ]
+)
+CAPTION = np.dtype([("hash", "u8"), ("tokens", "i8"), ("flags", "u1")])  # caption_hash; tokens before truncation
 
 
 def says_nothing(caption: str) -> bool:
@@ -48,28 +69,6 @@ def says_nothing(caption: str) -> bool:
     return all(unicodedata.category(character)[0] in "PZC" for character in caption)
 
 
-CHUNK = 32  # pairs that a data worker reads at once
-DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
-
-READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT, DEEP, CONVERTED = (1 << bit for bit in range(7))  # of ``state``
-SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
-IMAGE = np.dtype(
-    [
-        ("key", "u8"),  # hash of the image's key
-        ("file", "u8"),  # hash of its bytes
-        ("bits", "u8"),  # this and colour: see near_duplicates.Look
-        ("colour", "u4"),
-        ("width", "u4"),
-        ("height", "u4"),
-        ("bytes", "u4"),
-        ("captions", "u4"),  # their number
-        ("format", "u1"),  # index in formats()
-        ("mode", "u1"),  # index in Image.MODES; its length: another mode
-        ("state", "u1"),  # 0: cannot be used
-    ]
-)
-
-
 @cache
 def formats() -> list[str]:
     """Return the image formats that Pillow reads, sorted."""
@@ -81,11 +80,8 @@ def formats() -> list[str]:
 class ScanFindings:
     """Findings on N pairs with M captions: of a batch, of a part, or of a whole source."""
 
-    rows: np.ndarray  # ascending, int64 [N]
-    images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
-    captions: np.ndarray  # caption_hash of each caption of the usable pairs, in order, uint64 [M]
-    tokens: np.ndarray  # length of each caption before truncation, int64 [M]
-    flags: np.ndarray  # of each caption, uint8 [M]
+    images: np.ndarray  # IMAGE [N], by row
+    captions: np.ndarray  # CAPTION [M], of the usable pairs, in order
     problems: list[tuple[str, str, str]]  # position, reason and full message for each pair that cannot be used
 
     @property
@@ -109,56 +105,46 @@ class ScanFindings:
         """Counts of the reasons why pairs cannot be used."""
         return Counter(reason for _, reason, _ in self.problems)
 
-    def arrays(self) -> Arrays:
-        """Return the arrays of a finished part."""
-        return {**vars(self), "problems": json_array(self.problems)}
-
     @classmethod
     def of(cls, arrays: Arrays) -> "ScanFindings":
-        """Restore findings from :meth:`arrays`."""
+        """Return the findings of a finished part."""
         problems = [(where, reason, line) for where, reason, line in json_value(arrays["problems"])]
-        kept = {each.name: arrays[each.name] for each in fields(cls) if each.name != "problems"}
-        return cls(**kept, problems=problems)
+        return cls(arrays["images"], arrays["captions"], problems)
 
     @classmethod
     def joined(cls, chunks: Sequence["ScanFindings"]) -> "ScanFindings":
         """Return the findings of several chunks, at least one, sorted by row."""
-        rows, images, captions, tokens, flags = (
-            np.concatenate([getattr(chunk, name) for chunk in chunks])
-            for name in ("rows", "images", "captions", "tokens", "flags")
-        )
+        images = np.concatenate([chunk.images for chunk in chunks])
+        captions = np.concatenate([chunk.captions for chunk in chunks])
         problems = [problem for chunk in chunks for problem in chunk.problems]
-        of_pair = np.argsort(rows)
-        of_caption = np.argsort(np.repeat(rows, images["captions"]), kind="stable")
-        of_problem = np.argsort(rows[images["state"] == 0]).tolist()  # each unusable pair has one
-        captions, tokens, flags = (each[of_caption] for each in (captions, tokens, flags))
+        of_caption = np.argsort(np.repeat(images["row"], images["captions"]), kind="stable")
+        of_problem = np.argsort(images["row"][images["state"] == 0]).tolist()  # each unusable pair has one
         problems = [problems[place] for place in of_problem]
-        return cls(rows[of_pair], images[of_pair], captions, tokens, flags, problems)
+        return cls(images[np.argsort(images["row"])], captions[of_caption], problems)
 
 
 def _read(source: PairSource, tokenizer: TextTokenizer, rows: Sequence[int]) -> ScanFindings:
-    """Read a batch of pairs."""
-    images = np.zeros(len(rows), dtype=IMAGE)
-    captions: list[str] = []
-    problems = []
+    images, texts, problems = np.zeros(len(rows), dtype=IMAGE), list[str](), []
+    images["row"] = rows
     # Pillow's warnings about odd files would flood the terminal; a file that cannot be used is an error.
     with warnings.catch_warnings(action="ignore"):
         for place, row in enumerate(rows):
             try:
                 stored = source.read(row)
-                images[place] = _image(stored)
-                captions.extend(stored.captions)
+                images[place] = (row, *_image(stored))
+                texts.extend(stored.captions)
             except BadSample as error:
                 problems.append((error.where, error.reason, str(error)))
-    hashes = np.array([caption_hash(caption) for caption in captions], dtype=np.uint64)
-    tokens = np.array([tokenizer.count(caption) for caption in captions], dtype=np.int64)
-    flags = SAYS_NOTHING * np.array([says_nothing(caption) for caption in captions], dtype=np.uint8)
-    flags |= TOO_LONG * (tokens > tokenizer.context_length).astype(np.uint8)
-    return ScanFindings(np.array(rows), images, hashes, tokens, flags, problems)
+    captions = np.zeros(len(texts), dtype=CAPTION)
+    captions["hash"] = [caption_hash(text) for text in texts]
+    captions["tokens"] = [tokenizer.count(text) for text in texts]
+    captions["flags"] = [SAYS_NOTHING * says_nothing(text) for text in texts]
+    captions["flags"] |= TOO_LONG * (captions["tokens"] > tokenizer.context_length).astype(np.uint8)
+    return ScanFindings(images, captions, problems)
 
 
 def _image(stored: Row) -> tuple[int, ...]:
-    """Return a pair's fields of ``IMAGE``."""
+    """Return a pair's fields of ``IMAGE`` after the row."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         decoded = open_image(io.BytesIO(stored.image), stored.where)
     look, lost = look_of(decoded), unseen(io.BytesIO(stored.image), stored.where)
@@ -184,35 +170,35 @@ def _shows_through(image: Image.Image) -> bool:
 
 def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> None:
     """Write into ``parts`` the findings on this share's pairs that are not there yet."""
-    done = np.zeros(len(source), dtype=bool)
-    for _ in _finished(parts, done):
-        pass
+    _, done = _finished(parts, len(source))
     batches = remaining(len(source), CHUNK, done.__getitem__, parts.share)
     read: Mapped[ScanFindings] = Mapped(partial(_read, source, tokenizer), batches)
     parts.start()
-    with parts.written(_arrays) as keep, progress("inspecting", sum(map(len, batches))) as advance:
+
+    def arrays(chunks: Sequence[ScanFindings]) -> Arrays:
+        found = ScanFindings.joined(chunks)
+        return {**vars(found), "problems": json_array(found.problems)}
+
+    with parts.written(arrays) as keep, progress("inspecting", sum(map(len, batches))) as advance:
         for chunk in loader(read, num_workers):
-            keep(chunk, int(chunk.rows[0]))
-            advance(len(chunk.rows))
+            keep(chunk, int(chunk.images["row"][0]))
+            advance(len(chunk.images))
 
 
-def _arrays(chunks: Sequence[ScanFindings]) -> Arrays:
-    return ScanFindings.joined(chunks).arrays()
-
-
-def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScanFindings]:
-    """Yield the parts that share no row with an earlier one, and mark their rows in ``done``, bool ``[N]``."""
+def _finished(parts: Parts, rows: int) -> tuple[list[ScanFindings], np.ndarray]:
+    """Return the parts that share no row with an earlier one, and which of N rows they have, bool ``[N]``."""
+    found, done = list[ScanFindings](), np.zeros(rows, dtype=bool)
     for part in parts.read(ScanFindings.of):
-        if not done[part.rows].any():  # two runs at once may both have read a chunk
-            done[part.rows] = True
-            yield part
+        if not done[part.images["row"]].any():  # two runs at once may both have read a chunk
+            done[part.images["row"]] = True
+            found.append(part)
+    return found, done
 
 
 def inspect_source(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> ScanFindings:
     """Read every pair once."""
     scan(source, tokenizer, num_workers, parts)
-    done = np.zeros(len(source), dtype=bool)
-    whole = ScanFindings.joined(list(_finished(parts, done)))
+    found, done = _finished(parts, len(source))
     lost = int(np.count_nonzero(~done))
     require(lost == 0, f"the findings on {lost} rows are gone: another run has ended meanwhile; run this one again")
-    return whole
+    return ScanFindings.joined(found)

@@ -11,7 +11,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.overlap import Overlap
 from lit_clip.tools.html import stored_thumbnail, thumbnail, write_page
 from ..pairs.source import PairSource
-from .findings import OverlapPair, SetFindings
+from .search import OverlapPair, SetFindings
 
 TEMPLATE = Path(__file__).parent / "templates" / "overlap.html"
 SHOWN = 12  # pairs of a kind
@@ -64,20 +64,20 @@ def _overview(name: str, findings: SetFindings, figures: Mapping[str, Any]) -> l
     overlap, p_value = findings.overlap, figures["p_value_bonferroni"]
     interval = "" if overlap.interval is None else " to ".join(percent(end) for end in overlap.interval)
     last = [interval, "" if p_value is None else f"{p_value:.2g}"]
-    return [name, f"{findings.threshold:g}", f"{overlap.images:,}", *_figures(overlap), *last]
+    return [name, f"{findings.searched.threshold:g}", f"{overlap.images:,}", *_figures(overlap), *last]
 
 
 def _histogram(findings: SetFindings) -> dict[str, Any]:
     """Return values for the ``histogram`` macro; heights are logarithmic, because few images are near."""
     similarity = np.array([pair.similarity for pair in findings.nearest])
-    low = min(float(np.floor(similarity.min() * 20) / 20), findings.threshold, 0.95)
+    low = min(float(np.floor(similarity.min() * 20) / 20), findings.searched.threshold, 0.95)
     counts, edges = np.histogram(np.clip(similarity, low, 1), BARS, (low, 1))
     heights = np.log1p(counts) / np.log1p(max(1, counts.max()))
     texts = [f"{a:.3f} to {b:.3f}: {count:,}" for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True)]
     return {
         "bars": [(height, text, False) for height, text in zip(heights.tolist(), texts, strict=True)],
         "ticks": [(place / 5, f"{value:.2f}") for place, value in enumerate(np.linspace(low, 1, 6))],
-        "line": (findings.threshold - low) / (1 - low) if low < 1 else 1,
+        "line": (findings.searched.threshold - low) / (1 - low) if low < 1 else 1,
     }
 
 
@@ -85,7 +85,10 @@ def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict
     """Return pairs for judging the threshold, under their headings."""
     similarity = np.array([pair.similarity for pair in findings.nearest])
     order = np.argsort(-similarity, kind="stable")
-    above, below = order[similarity[order] >= findings.threshold], order[similarity[order] < findings.threshold]
+    above, below = (
+        order[similarity[order] >= findings.searched.threshold],
+        order[similarity[order] < findings.searched.threshold],
+    )
     looks = [pair for place in below if (pair := findings.alike[place]) is not None]
     spread = order[np.unique(np.linspace(0, len(order) - 1, SHOWN).astype(int))]
 
@@ -93,8 +96,8 @@ def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict
         return [_shown(findings.nearest[at], bool(findings.seen[at]), findings, source) for at in places]
 
     return {
-        f"the least similar from {findings.threshold:g} on": nearest(above[::-1][:SHOWN]),
-        f"the most similar below {findings.threshold:g}": nearest(below[:SHOWN]),
+        f"the least similar from {findings.searched.threshold:g} on": nearest(above[::-1][:SHOWN]),
+        f"the most similar below {findings.searched.threshold:g}": nearest(below[:SHOWN]),
         "from the most to the least similar": nearest(spread),
         f"below the threshold, but with the same look ({len(looks):,})": [
             _shown(pair, True, findings, source) for pair in looks[:SHOWN]

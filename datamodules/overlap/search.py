@@ -1,36 +1,74 @@
-"""Search a training set for images of evaluation sets: compute their features and looks, then find the nearest.
+"""Search a training set for images of evaluation sets, and judge what was found.
 
-Shapes: Q images of the evaluation sets (an item may have several: the frames of a video), D embedding dimension.
+Shapes: F images of a table, Q images of an evaluation set and N items (an item may have several: the frames of a
+video) that could be read, D embedding dimension.
 """
 
 import io
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
-from lit_clip.embedding.precision import Precision
-from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
-from lit_clip.errors import require
+from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
+from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
+from lit_clip.embedding.reading import (
+    EncoderBatch,
+    ImageBatches,
+    ImageRows,
+    UnreadableRow,
+    check_finite,
+    encode_batch,
+    image_features,
+)
 from lit_clip.evaluation.data import ImageSet
-from lit_clip.evaluation.overlap import NearestImages, nearer, nearest_of_set, nowhere
-from lit_clip.evaluation.set_encoding import SetRows
+from lit_clip.evaluation.overlap import Overlap, nearer, nearest_of_set, nowhere, overlap_of
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import image_for_model
-from ..near_duplicates import Look, LookIndex, Looks, look_of
+from ..near_duplicates import LOOK, Look, LookIndex, look_of
 from ..pairs.batches import SourcePairs
-from ..pairs.source import LISTED, PairSource
+from ..pairs.decisions import DROP
+from ..pairs.findings import Finding
+from ..pairs.source import PairSource
 
-SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
-LEAST_KEPT = 0.9  # similarity from which all training images are remembered, not only the nearest
-LEAK = np.dtype([("row", "i8"), ("set", "i4"), ("query", "i4"), ("similarity", "f4")])  # NaN: the same look
+LEAK = np.dtype([("row", "i8"), ("query", "i4"), ("similarity", "f4")])  # NaN: the same look
+By = Literal["either", "embedding", "look"]
+TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
+
+
+class EncodedImages(NamedTuple):
+    """Features and looks of images."""
+
+    rows: np.ndarray  # int64 [F], the row, or the item of a set, that each image belongs to; ascending
+    features: np.ndarray  # float32 [F, D], of unit length
+    looks: np.ndarray  # LOOK [F]
+    names: list[str]  # the user's names for the rows
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "EncodedImages":
+        """Return the images of a finished part."""
+        return cls(arrays["rows"], arrays["features"], arrays["looks"], json_value(arrays["names"]))
+
+    @classmethod
+    def joined(cls, parts: Parts) -> "EncodedImages":
+        """Return the images of all parts by row: one that was mended meanwhile is in a later part."""
+        found = list(parts.read(cls.of))
+        rows, features, looks, names = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        order = np.argsort(rows, kind="stable")
+        return cls(rows[order], features[order], looks[order], names[order].tolist())
+
+    def batches(self, batch_size: int) -> "Iterator[EncodedImages]":
+        """Yield the images by batch, as they were encoded: resumed and whole runs multiply the same matrices."""
+        ends = np.flatnonzero(np.diff(self.rows // batch_size)) + 1
+        for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), len(self.rows)], strict=True):
+            here = slice(start, stop)
+            yield EncodedImages(self.rows[here], self.features[here], self.looks[here], self.names[here])
 
 
 class SourceRows(SourcePairs):
@@ -41,181 +79,156 @@ class SourceRows(SourcePairs):
         return stored.where, [image_for_model(io.BytesIO(stored.image), stored.where)]
 
 
-def _note(row: int, name: str, image: Image.Image) -> tuple[Look, str]:
-    return look_of(image), name
+def _note(row: int, name: str, image: Image.Image) -> tuple[int, str, Look]:
+    return row, name, look_of(image)
+
+
+class _ImageTask(EncodingTask):
+    def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
+        features = encode_batch(batch, self.encode, device, batch_size)
+        if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
+            check_finite(features, batch.notes[0][1])
+        return features
+
+    def part(self, finished: Finished) -> Arrays:
+        rows, names, looks = zip(*(note for batch, _ in finished for note in batch.notes), strict=True)
+        features = np.concatenate([each for _, each in finished])
+        looks = np.array(list(looks), LOOK)
+        return {"rows": np.array(rows), "features": features, "looks": looks, "names": json_array(names)}
+
+
+def encode_images(
+    model: CLIP, images: ImageRows, parts: Parts, settings: EncodingSettings, title: str, several: bool = False
+) -> list[UnreadableRow]:
+    """Encode the images that ``parts`` lack, one row at a time if it may have ``several``; return the unreadable."""
+    done = np.zeros(len(images), dtype=bool)
+    for part in parts.read(EncodedImages.of):
+        done[part.rows] = True
+    batches = remaining(len(images), 1 if several else settings.batch_size, done.__getitem__)
+    task = _ImageTask(
+        (), lambda batches, stop: ImageBatches(images, batches, model.preprocessing, _note, stop), image_features(model)
+    )
+    return compute(model, task, batches, parts, settings, title) or []
 
 
 @dataclass
-class Queries:
-    """The readable images of an evaluation set."""
+class Searched:
+    """An evaluation set's images, and the training images that were found for them so far."""
 
-    features: Tensor  # float32 [Q, D], of unit length
-    looks: Looks
-    items: np.ndarray  # int64 [Q], the item that each image belongs to, ascending
+    images: EncodedImages
     bad: list[str]  # the line of each item that could not be read
-    sizes: tuple[int, ...] = ()  # images of each set, if these are several sets' images
+    threshold: float  # least similarity of images that count as the same
+    device: torch.device
+    leaks: list[np.ndarray] = field(default_factory=list)  # LEAK; an image with both kinds of evidence is there twice
 
-    @property
-    def parts(self) -> Iterator[slice]:
-        """Return the range of each set's images."""
-        ends = np.cumsum(self.sizes or (len(self.items),)).tolist()
-        return map(slice, [0, *ends], ends)
+    def __post_init__(self) -> None:
+        size = len(self.images.rows)
+        self.features = torch.from_numpy(self.images.features).to(self.device)
+        self.index = LookIndex(self.images.looks)
+        self.nearest = nowhere(size, self.device)  # by features
+        self.names = [""] * size  # the user's names for the nearest
+        self.look_rows = np.full(size, -1)  # the first training image with the same look, int64 [Q]; -1: none
+        self.look_names = [""] * size
 
-    def save(self, path: Path) -> None:
-        """Write an ``.npz`` file, whole or not at all."""
-        arrays = {"features": self.features.numpy(), "items": self.items, "bad": json_array(self.bad)}
-        save_arrays(path, "", {**arrays, **vars(self.looks)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Queries | None":
-        """Read the file of :meth:`save`; None if it is missing or damaged."""
-
-        def make(found: Arrays) -> Queries:
-            looks = Looks(found["bits"], found["colours"], found["plain"])
-            return cls(torch.from_numpy(found["features"]), looks, found["items"], json_value(found["bad"]))
-
-        return load_arrays(path, "", make)
-
-    @classmethod
-    def compute(
-        cls,
-        model: CLIP,
-        images: ImageSet,
-        title: str,
-        batch_size: int,
-        num_workers: int,
-        precision: Precision = "32-true",
-    ) -> "Queries":
-        """Read and encode a set."""
-        batches = in_batches(range(len(images)), 1 if images.several else batch_size)
-        encode = image_features(model, precision)
-        features = [torch.empty(0, model.config.embed_dim)]
-        looks = []
-        items = []
-        bad = []
-        for batch, encoded in encoded_batches(
-            model, SetRows(images), batch_size, num_workers, encode=encode, batches=batches, note=_note, title=title
-        ):
-            features.append(encoded.cpu())
-            looks += [look for look, _ in batch.notes]
-            items += [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
-            bad += [row.message for row in batch.unreadable]
-        require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
-        joined = torch.cat(features)
-        check_finite(joined, title)
-        return cls(joined, Looks.of(looks), np.array(items, np.int64), bad)
+    def add(self, training: EncodedImages) -> None:
+        """Compare a batch of training images; batches come in the order of their rows."""
+        features, rows = torch.from_numpy(training.features).to(self.device), training.rows.tolist()
+        after = nearer(self.nearest, self.features, features, torch.tensor(rows, device=self.device))
+        names = dict(zip(rows, training.names, strict=True))
+        for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
+            self.names[query] = names[int(after.row[query])]
+        self.nearest = after
+        near = nearest_of_set(self.features, features)
+        seen = (near.similarity.double() >= self.threshold).nonzero()[:, 0].tolist()
+        leaks = [(rows[at], int(near.row[at]), float(near.similarity[at])) for at in seen]
+        first: dict[int, int] = {}  # query that each image looks like
+        queries, images = self.index.like(training.looks)
+        for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
+            first.setdefault(image, query)
+            if self.look_rows[query] < 0:
+                self.look_rows[query], self.look_names[query] = rows[image], training.names[image]
+        leaks += [(rows[image], query, np.nan) for image, query in first.items()]
+        self.leaks.append(np.array(leaks, LEAK))
 
 
-def joined(queries: Sequence[Queries]) -> Queries:
-    """Join several sets, so that the training set is read once for all of them."""
-    looks = [each.looks for each in queries]
-    columns = (np.concatenate(each) for each in zip(*(vars(look).values() for look in looks), strict=True))
-    items = np.concatenate([each.items for each in queries])
-    sizes = tuple(len(each.items) for each in queries)
-    return Queries(torch.cat([each.features for each in queries]), Looks(*columns), items, [], sizes)
+class OverlapPair(NamedTuple):
+    """An image of the evaluation set and the matching image of the training set."""
+
+    item: int  # index in the evaluation set
+    frame: int  # index among the item's images
+    row: int  # of the training set; -1: none
+    name: str  # of the training image, as the user knows it
+    similarity: float | None  # of the features; None if the pair was found by its look
 
 
 @dataclass
-class NearestFound:
-    """The nearest training image of each query, among the training images read so far."""
+class SetFindings:
+    """Findings for one evaluation set."""
 
-    nearest: NearestImages  # by features, on the model's device
-    names: list[str]  # the user's names for the nearest images
-    look_rows: np.ndarray  # the first training image with the same look, int64 [Q]; -1: none
-    look_names: list[str]  # the user's names for these images
-    done: int = 0  # training rows that have been read
-    reasons: Counter[str] = field(default_factory=Counter)  # of unreadable ones
-    bad: list[str] = field(default_factory=list)  # messages about the first LISTED of these
-    leaks: list[np.ndarray] = field(default_factory=list)  # LEAK; an image that is in a set twice is there twice
+    images: ImageSet
+    searched: Searched
+    overlap: Overlap
+    nearest: list[OverlapPair]  # nearest training image of each item, by features
+    alike: list[OverlapPair | None]  # first training image that looks the same as each item, or None
+    seen: np.ndarray  # whether each item belongs to the overlap, bool [N]
+    tried: list[tuple[float, Overlap]]  # figures at other thresholds, the highest first
 
-    def add(self, queries: Queries, index: LookIndex, batch: EncoderBatch, features: Tensor, least: float) -> None:
-        """Compare a batch of training images with the queries; record leaks of at least the similarity ``least``."""
-        if batch.rows:
-            unit = queries.features
-            after = nearer(self.nearest, unit, features, torch.tensor(batch.rows, device=features.device))
-            names = {row: name for row, (_, name) in zip(batch.rows, batch.notes, strict=True)}
-            for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
-                self.names[query] = names[int(after.row[query])]
-            self.nearest = after  # after the names: an interrupted search reads this batch again
-            for number, part in enumerate(queries.parts):
-                near = nearest_of_set(unit[part], features)
-                seen = (near.similarity >= least).nonzero()[:, 0].tolist()
-                columns = ((batch.rows[at], number, part.start + int(near.row[at]), near.similarity[at]) for at in seen)
-                self.leaks.append(np.array(list(columns), LEAK))
-            self._add_looks(index, batch, queries)
-        for bad in batch.unreadable:
-            self.reasons[bad.reason] += 1
-            if len(self.bad) < LISTED:
-                self.bad.append(bad.message)
-        self.done += len(batch.rows) + len(batch.unreadable)
-
-    def _add_looks(self, index: LookIndex, batch: EncoderBatch, all_queries: Queries) -> None:
-        queries, images = index.like(Looks.of([look for look, _ in batch.notes]))
-        of_set = np.repeat(np.arange(len(all_queries.sizes or (1,))), all_queries.sizes or (len(all_queries.items),))
-        looks: dict[tuple[int, int], int] = {}  # the first query by image and set
-        for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
-            looks.setdefault((batch.rows[image], int(of_set[query])), query)
-            if self.look_rows[query] < 0:
-                self.look_names[query], self.look_rows[query] = batch.notes[image][1], batch.rows[image]
-        self.leaks.append(np.array([(*found, query, np.nan) for found, query in looks.items()], LEAK))
-
-    def save(self, path: Path) -> None:
-        """Write an ``.npz`` file, whole or not at all."""
-        values = {name: getattr(self, name) for name in ("names", "look_names", "done", "reasons", "bad")}
-        nearest = {name: column.cpu().numpy() for name, column in self.nearest._asdict().items()}
-        arrays = {"leaks": np.concatenate([np.zeros(0, LEAK), *self.leaks]), "look_rows": self.look_rows}
-        save_arrays(path, "", {**nearest, **arrays, "values": json_array(values)})
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
-        """Read the file of :meth:`save`; None if it is missing or damaged."""
-
-        def make(found: Arrays) -> NearestFound:
-            values = json_value(found["values"])
-            nearest = NearestImages(*(torch.from_numpy(found[name]).to(device) for name in NearestImages._fields))
-            counted = values | {"reasons": Counter(values["reasons"]), "leaks": [found["leaks"]]}
-            return cls(nearest, look_rows=found["look_rows"], **counted)
-
-        return load_arrays(path, "", make)
-
-
-def search(
-    model: CLIP,
-    queries: Queries,
-    source: PairSource,
-    path: Path,
-    batch_size: int,
-    num_workers: int,
-    precision: Precision = "32-true",
-    least: float = LEAST_KEPT,
-) -> NearestFound:
-    """Find each query's nearest training image in one pass, or resume the search saved at ``path``.
-
-    All training images that look like a query, or have at least the similarity ``least`` to one, are the leaks.
-    """
-    size, device = len(queries.items), model.device
-    found = NearestFound.load(path, device)
-    found = found or NearestFound(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
-    if found.done >= len(source):
+    def pairs(self) -> list[dict[str, Any]]:
+        """Return the overlap as JSON values: names in both sets, and the evidence for each pair."""
+        found = []
+        for place in np.flatnonzero(self.seen).tolist():
+            near, alike = self.nearest[place], self.alike[place]
+            by_features = near.similarity is not None and near.similarity >= self.searched.threshold
+            pair = near if by_features or alike is None else alike
+            names = {"image": self.images.key(pair.item), "train": pair.name}
+            found.append({**names, "similarity": near.similarity, "same_look": alike is not None})
         return found
-    queries, index = replace(queries, features=queries.features.to(device)), LookIndex(queries.looks)
-    batches = in_batches(range(found.done, len(source)), batch_size)
-    encode, rows = image_features(model, precision), SourceRows(source)
-    saved = time.monotonic()
-    try:
-        for batch, encoded in encoded_batches(
-            model, rows, batch_size, num_workers, encode=encode, batches=batches, note=_note, title="training images"
-        ):
-            if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
-                check_finite(encoded, batch.notes[0][1])
-            found.add(queries, index, batch, encoded, least)
-            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                found.save(path)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("what was found is kept; run the same command again to resume") from None
-    finally:
-        found.save(path)
-    first = found.bad[0] if found.bad else ""
-    require(bool((found.nearest.row >= 0).any()), f"none of {len(source)} training images can be read; {first}")
-    return found
+
+
+def leaked_rows(sets: Mapping[str, SetFindings], by: By, source: PairSource) -> Iterator[Finding]:
+    """Yield a line for each training image that matches any image of a set, not only as its nearest."""
+    leaks = [
+        (row, number, query, similarity)
+        for number, each in enumerate(sets.values())
+        for part in each.searched.leaks
+        for row, query, similarity in part.tolist()
+        if by != ("look" if similarity == similarity else "embedding")
+    ]
+    for row, found in groupby(sorted(leaks, key=itemgetter(0, 1, 2)), key=itemgetter(0)):
+        line = Finding.of_row(row, source.key(row))
+        for _, number, query, similarity in found:
+            name, findings = list(sets.items())[number]
+            finding = f"image of the evaluation set {name}"
+            detail = f"similarity {similarity:.3f}" if similarity == similarity else "same look"
+            line.add("" if finding in line.finding.split("; ") else finding, DROP, detail)
+            line.copy_of = line.copy_of or f"{name}: {findings.images.key(int(findings.searched.images.rows[query]))}"
+        yield line
+
+
+def findings_of(images: ImageSet, searched: Searched, by: By, correct_N: Tensor | None) -> SetFindings:
+    """Decide which items of a set belong to the overlap.
+
+    ``by`` is the evidence that counts; ``correct_N``: whether the model recognises each item, None if unknown.
+    """
+    items, starts = np.unique(searched.images.rows, return_index=True)
+    similarities, rows = searched.nearest.similarity.cpu(), searched.nearest.row.cpu()
+    nearest: list[OverlapPair] = []
+    alike: list[OverlapPair | None] = []
+    for item, start, stop in zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+        place = start + int(similarities[start:stop].argmax())
+        similarity = float(similarities[place])
+        nearest.append(OverlapPair(item, place - start, int(rows[place]), searched.names[place], similarity))
+        place = start + int((searched.look_rows[start:stop] >= 0).argmax())
+        pair = OverlapPair(item, place - start, int(searched.look_rows[place]), searched.look_names[place], None)
+        alike.append(pair if pair.row >= 0 else None)
+    similarity_N = torch.tensor([pair.similarity for pair in nearest], dtype=torch.float64)
+    looks_N = torch.tensor([pair is not None for pair in alike])
+
+    def seen_from(limit: float) -> Tensor:
+        near_N = similarity_N >= limit
+        return {"either": near_N | looks_N, "embedding": near_N, "look": looks_N}[by]
+
+    limits = sorted({*TRIED, searched.threshold}, reverse=True) if by != "look" else []
+    tried = [(limit, overlap_of(seen_from(limit), correct_N)) for limit in limits]
+    seen_N = seen_from(searched.threshold)
+    return SetFindings(images, searched, overlap_of(seen_N, correct_N), nearest, alike, seen_N.numpy(), tried)

@@ -14,8 +14,8 @@ import torch
 from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
+from lit_clip.tools.hub_client import is_relative
 from lit_clip.tools.images import CHECKED, check_images
-from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
 from ..loading.bad_samples import BLANK, check_caption, is_blank
 from ..loading.store import StoreFolder, is_remote, stamp_of

@@ -15,7 +15,7 @@ from docstrings import ROLE
 from jsonargparse import ArgumentParser
 
 import datamodules
-from lit_clip.cli import overview, subcommands
+from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import DEFAULTS, run
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +48,8 @@ def pages() -> dict[str, str]:
 
 def _commands() -> str:
     lines = ["# Commands\n", "The text of `lit-clip COMMAND --help`, of all commands.\n"]
-    lines += [f"```text\n{overview.help_text()}\n```\n"]
-    for name, text in overview.CONFIGURED.items():
+    lines += [f"```text\n{subcommands.help_text()}\n```\n"]
+    for name, text in subcommands.CONFIGURED.items():
         lines += [f"## {name}\n", f"{text} Its options are [those of `fit`](fit.md).\n"]
     for name, place in sorted(subcommands.COMMANDS.items()):
         module, _, function = place.partition(":")

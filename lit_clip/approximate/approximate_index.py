@@ -1,6 +1,6 @@
-"""An approximate index of feature files; it is updated when files are added."""
+"""An approximate index of feature files; it is updated when files are added. Indices for faiss are written, too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,8 +51,6 @@ class IndexedFile(msgspec.Struct, frozen=True):
 
 
 class _Facts(msgspec.Struct):
-    """Facts stored beside an index: its version and its feature files."""
-
     format: Literal["lit-clip index 1"]
     files: Annotated[list[IndexedFile], msgspec.Meta(min_length=1)]
 
@@ -118,53 +116,58 @@ def open_index(path: Path) -> ApproximateIndex:
 
     usearch follows the links in its file wherever they lead: open only what ``lit-clip index`` has written.
     """
-    files = _read_facts(path)
-    for file in files:
-        where = path.with_name(file.name)
+    facts = _facts(path)
+    with reading(facts, "list of an index's files", hint=AGAIN):
+        files = msgspec.json.decode(facts.read_bytes(), type=_Facts).files
+    for name in (each.name for each in files):
+        beside = Path(name).name == name not in ("", "..") and "\0" not in name
+        require(beside, f"{facts}: files: {name!r}: must be the name of a file beside the index")
+    paths = [path.with_name(file.name) for file in files]
+    for file, where in zip(files, paths, strict=True):
         gone = [each.name for each in _files(where) if not each.is_file()]
         require(not gone, f"{path}: {', '.join(gone)} with features that it has is gone; {AGAIN}")
         require(file.is_still(where), f"{path}: is not of the features in {where}, which has changed; {AGAIN}")
-    tables = [read_features(path.with_name(file.name), whole=False) for file in files]
-    check_alike([path.with_name(file.name) for file in files], tables)
+    tables = [read_features(where, whole=False) for where in paths]
+    check_alike(paths, tables)
     return ApproximateIndex(path, files, tables)
 
 
 def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
     """Add the rows of feature files to a new or existing index beside them; write and return it."""
-    with claimed(path):
-        return _with_rows(path, paths)
-
-
-def _with_rows(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
-    old = open_index(path) if path.exists() else None
-    known = {file.name for file in old.files} if old else set()
     for each in paths:
         require(each.absolute().parent == path.absolute().parent, f"--output {path}: must be in the folder of {each}")
-    added = [each for name, each in {each.name: each for each in paths}.items() if name not in known]
-    stamped = [IndexedFile.of(each) for each in added]
-    tables = [read_features(each) for each in added]
-    check_alike([*(path.with_name(name) for name in sorted(known)), *added], [*(old.tables if old else []), *tables])
-    if old and not added:
-        return old
-    graph = _new_graph(_width(tables))
-    if old:
-        graph.load(path)
-    total, count = sum(len(table.features) for table in tables), len(graph)
-    with progress("index", total) as advance:
-        for rows in (each.features[at : at + ROWS] for each in tables for at in range(0, len(each.features), ROWS)):
-            keys, first = np.arange(count, count + len(rows)), max(0, FIRST - count)
-            for part, threads in ((slice(first), 1), (slice(first, None), usable_cores())):
-                graph.add(keys[part], _int8(rows[part]), threads=threads)
-            count += len(rows)
-            advance(len(rows))
-    written = msgspec.json.encode(_Facts("lit-clip index 1", [*(old.files if old else []), *stamped]))
-    with replacing(_facts(path)) as facts, replacing(path) as draft:
-        facts.write_bytes(written)
-        try:
-            graph.save(draft)
-        except RuntimeError as error:  # of a full disk
-            raise not_written(path, error) from error
-    return open_index(path)
+    with claimed(path):
+        old = open_index(path) if path.exists() else None
+        files = old.files if old else []
+        known = [path.with_name(file.name) for file in files]
+        added = [each for each in dict.fromkeys(path.with_name(each.name) for each in paths) if each not in known]
+        files = [*files, *map(IndexedFile.of, added)]
+        tables = [read_features(each) for each in added]
+        check_alike([*known, *added], [*(old.tables if old else []), *tables])
+        if old and not added:
+            return old
+        graph = _new_graph(_width(tables))
+        if old:
+            graph.load(path)
+        with progress("index", sum(len(table.features) for table in tables)) as advance:
+            for table in tables:
+                _add(graph, table.features, advance)
+        with replacing(_facts(path)) as facts, replacing(path) as draft:
+            facts.write_bytes(msgspec.json.encode(_Facts("lit-clip index 1", files)))
+            try:
+                graph.save(draft)
+            except RuntimeError as error:  # of a full disk
+                raise not_written(path, error) from error
+        return open_index(path)
+
+
+def _add(graph: "Index", features: np.ndarray, advance: Callable[[float], None]) -> None:
+    for rows in (features[start : start + ROWS] for start in range(0, len(features), ROWS)):
+        first = max(0, FIRST - len(graph))
+        keys = np.arange(len(graph), len(graph) + len(rows))
+        for part, threads in ((slice(first), 1), (slice(first, None), usable_cores())):
+            graph.add(keys[part], _int8(rows[part]), threads=threads)
+        advance(len(rows))
 
 
 def in_view(rows: int) -> int:
@@ -201,20 +204,30 @@ def _facts(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _read_facts(path: Path) -> list[IndexedFile]:
-    """Read which feature files an index covers."""
-    facts = _facts(path)
-    with reading(facts, "list of an index's files", hint=AGAIN):
-        files = msgspec.json.decode(facts.read_bytes(), type=_Facts).files
-    for name in (each.name for each in files):
-        beside = Path(name).name == name not in ("", "..") and "\0" not in name
-        require(beside, f"{facts}: files: {name!r}: must be the name of a file beside the index")
-    return files
-
-
 def _files(path: Path) -> list[Path]:
     return [path, path.with_suffix(".keys.json")] if path.suffix == ".npy" else [path]
 
 
 def _stamps(path: Path) -> list[list[int]]:
     return [[each.stat().st_size, each.stat().st_mtime_ns] for each in _files(path)]
+
+
+def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None:
+    """Write float32 rows ``[N, D]`` as faiss's ``IndexFlatIP`` if ``exact``, otherwise as ``IndexHNSWFlat``."""
+    require(find_spec("faiss") is not None, f"--output {path}: needs faiss: pip install faiss-cpu")
+    import faiss
+
+    width = features[0].shape[1]
+    index: Any = faiss.IndexFlatIP(width)
+    if not exact:
+        index = faiss.IndexHNSWFlat(width, CONNECTIVITY, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, in_view(sum(map(len, features)))
+    with progress("index", sum(map(len, features))) as advance:
+        for rows in (each[start : start + ROWS] for each in features for start in range(0, len(each), ROWS)):
+            index.add(np.ascontiguousarray(rows))
+            advance(len(rows))
+    with replacing(path) as draft:
+        try:
+            faiss.write_index(index, str(draft))
+        except RuntimeError as error:  # of a full disk
+            raise not_written(path, error) from error

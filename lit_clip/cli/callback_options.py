@@ -5,7 +5,7 @@ are taken out of the command line before it, and set in the list that it has rea
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -32,12 +32,12 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
     rest: list[str] = []
     taken: list[Typed] = []
     added: list[str] = []
-    following = iter([*words[1:], "--"])
-    left = iter(words)
-    for word in left:
+    left = [*words]
+    while left:
+        word = left.pop(0)
         option, equals, value = word.partition("=")
-        after = next(following)
-        value = value if equals else after
+        if not equals:
+            value = left[0] if left else "--"
         inner = option.removeprefix(f"{PREFIX}.")
         if option in (PREFIX, f"{PREFIX}+"):
             added.append(value.rpartition(".")[2])
@@ -45,11 +45,10 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
         if option != MINUS and not named:
             rest.append(word)
             continue
-        require(bool(equals) or not after.startswith("--"), f"{option}: has no value; type one after it")
+        require(bool(equals) or not value.startswith("--"), f"{option}: has no value; type one after it")
         taken.append(Typed(option, value))
         if not equals:
-            next(left)
-            next(following)
+            left.pop(0)
     for option, value in taken:
         name = value.rpartition(".")[2]
         set_too = any(each.option.startswith(f"{PREFIX}.{name}.") for each in taken)
@@ -69,60 +68,59 @@ def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[An
     found = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     listed = [each.clone() for each in found if _name(each) != _name(WITHOUT)]
     absent = [name for each in found if _name(each) == _name(WITHOUT) for name in each.init_args.names]
-    others = [Namespace(class_path=qualified_name(type(one))) for one in defaults]
-    others = [each for each in others if _name(each) not in {*absent, *map(_name, listed)}]
-    every = [*listed, *others]
-    names = _numbered([_name(each) for each in every])
-    taken_out = [every[_named(value, names)] for option, value in options if option == MINUS]
+    usual = [Namespace(class_path=qualified_name(type(one))) for one in defaults]
+    more = [each for each in usual if _name(each) not in {*absent, *map(_name, listed)}]
+    every = dict(zip(_numbered([*map(_name, [*listed, *more])]), [*listed, *more], strict=True))
+    kept = [*every][: len(listed)]
+    only = kept[0] if len(listed) == 1 else None
     for option, value in options:
-        if option != MINUS:
-            callback, key = _find(option, names, every, len(listed))
-            _set(callback, key, value, option)
-            listed += [callback] if not any(callback is each for each in listed) else []
-    listed = [each for each in listed if not any(each is one for one in taken_out)]
-    absent += [_name(one) for one in taken_out if _name(one) in (type(each).__name__ for each in defaults)]
-    return listed + ([Namespace(class_path=WITHOUT, init_args=Namespace(names=absent))] if absent else [])
+        if option == MINUS:
+            name = value if value in every else _name(value)
+            if name not in every:
+                there = f"there is none; there are {', '.join(every)}{nearest(name, every, 0.6)}"
+                raise InputError(f"{MINUS}={value}: {there}")
+            kept = [each for each in kept if each != name]
+            absent += [each for each in map(_name, usual) if each == _name(every[name])]
+        else:
+            name = _set(option, value, every, only)
+            kept += [name] if name not in kept else []
+    without = Namespace(class_path=WITHOUT, init_args=Namespace(names=absent))
+    return [*(every[name] for name in kept), *([without] if absent else [])]
 
 
-def _set(callback: Namespace, key: str, text: str, option: str) -> None:
-    """Set an argument, or a part of one (``policy.after``), to a text; the parser reads it as if typed."""
-    arguments = callback.get("init_args") or Namespace()
-    above = arguments.get(key.partition(".")[0])
-    one = "." in key and above is not None and not isinstance(above, Namespace)
-    require(not one, f"{option}: {key.partition('.')[0]} is one value, without options; set it itself")
-    arguments[key] = text
-    callback["init_args"] = arguments
+def _set(option: str, text: str, every: Mapping[str, Namespace], only: str | None) -> str:
+    """Set an argument of a callback, or a part of one (``policy.after``), to a text that the parser reads as if typed.
 
-
-def _named(name: str, names: Sequence[str]) -> int:
-    """Return the number of the callback to take out, by its short name or the path of its class."""
-    short = name if name in names else name.rpartition(".")[2]
-    if short not in names:
-        raise InputError(f"{MINUS}={name}: there is none; there are {', '.join(names)}{nearest(short, names, 0.6)}")
-    return names.index(short)
-
-
-def _find(option: str, names: list[str], every: list[Namespace], own: int) -> tuple[Namespace, str]:
-    """Return the callback and the name of the argument that an option sets."""
+    Return the callback's name; options without a name are those of the ``only`` one that is listed.
+    """
     typed = option.removeprefix(f"{PREFIX}.")
-    if not typed[:1].isupper() and own == 1:
-        typed = f"{names[0]}.{typed}"
-    number = next((i for i, name in enumerate(names) if typed.startswith(f"{name}.")), None)
-    if number is None:
-        last = typed.rpartition(".")[2]
-        having = [name for name, each in zip(names, every, strict=True) if last in parameters(each["class_path"])]
-        near = get_close_matches(typed.rpartition(".")[0], names, n=1) if typed[:1].isupper() else having[:3]
-        right = " or ".join(f"{PREFIX}.{name}.{last}" for name in near or having[:3])
-        name = typed.partition(".")[0]
-        ours = f"callbacks.{name}" if imported_class(f"lit_clip.callbacks.{name}") else "CLASS"
-        hint = f"did you mean {right}?" if right else f"add it before, {PREFIX}+={ours}"
-        raise InputError(f"{option}: names none of the callbacks, which are {', '.join(names)}; {hint}")
-    key = typed.removeprefix(f"{names[number]}.")
-    known = parameters(every[number]["class_path"])
-    if known and key.partition(".")[0] not in known:
-        there = f"there are {', '.join(known)}{nearest(key.partition('.')[0], known, 0.6)}"
-        raise InputError(f"{option}: {names[number]} has no such option; {there}")
-    return every[number], key
+    if only and not typed[:1].isupper():
+        typed = f"{only}.{typed}"
+    name = next((each for each in every if typed.startswith(f"{each}.")), None)
+    if name is None:
+        raise InputError(f"{option}: names none of the callbacks, which are {', '.join(every)}; {_hint(typed, every)}")
+    key = typed.removeprefix(f"{name}.")
+    first = key.partition(".")[0]
+    known = parameters(every[name]["class_path"])
+    if known and first not in known:
+        there = f"there are {', '.join(known)}{nearest(first, known, 0.6)}"
+        raise InputError(f"{option}: {name} has no such option; {there}")
+    arguments = every[name].get("init_args") or Namespace()
+    one = key != first and not isinstance(arguments.get(first, Namespace()), Namespace | None)
+    require(not one, f"{option}: {first} is one value, without options; set it itself")
+    arguments[key] = text
+    every[name]["init_args"] = arguments
+    return name
+
+
+def _hint(typed: str, every: Mapping[str, Namespace]) -> str:
+    name, last = typed.partition(".")[0], typed.rpartition(".")[2]
+    having = [each for each, callback in every.items() if last in parameters(callback["class_path"])]
+    near = get_close_matches(typed.rpartition(".")[0], every, n=1) if typed[:1].isupper() else having[:3]
+    if right := " or ".join(f"{PREFIX}.{each}.{last}" for each in near or having[:3]):
+        return f"did you mean {right}?"
+    ours = f"callbacks.{name}" if imported_class(f"lit_clip.callbacks.{name}") else "CLASS"
+    return f"add it before, {PREFIX}+={ours}"
 
 
 def _numbered(names: list[str]) -> list[str]:
@@ -131,7 +129,6 @@ def _numbered(names: list[str]) -> list[str]:
 
 
 def _name(callback: Any) -> str:
-    """Return the name of a callback's class, from its settings or its path."""
     return str(callback["class_path"] if isinstance(callback, Namespace) else callback).rpartition(".")[2]
 
 

@@ -3,7 +3,7 @@
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,26 +50,26 @@ def configuration(settings: Mapping[str, Any]) -> Configuration:
     """
     found = {}
     for section in ("model", "data"):
-        written = dict(_named(section, settings.get(section)))
-        usual = dict(_named(section, _usual(section, settings.get(section))))
-        found |= {name: [*dict.fromkeys((_digest(value), _digest(usual[name])))] for name, value in written.items()}
+        value = settings.get(section)
+        arguments = (value.get("init_args", value) if isinstance(value, Mapping) else None) or {}
+        named = {section: _class_of(value)}
+        named |= {f"{section}.{name}": each for name, each in arguments.items() if name != "class_path"}
+        for name, each in named.items():
+            if name not in MAY_DIFFER:
+                written = _class_of(each) if name == "model.optimizer" else each
+                found[name] = [*dict.fromkeys((_digest(written), _digest(_usual(name, written, arguments))))]
     return found
 
 
-def _usual(section: str, value: Any) -> Any:
-    """Return a section in its usual form: whole paths, a list of one as its element, null for the default loss."""
-    arguments = value.get("init_args", value) if isinstance(value, Mapping) else None
-    if not isinstance(arguments, Mapping):
-        return value
-    if section == "model":
-        changed = {"loss": None} if _has_default_loss(arguments) else {}
-    else:
-        changed = {
-            name: _whole_paths(each[0] if isinstance(each, list) and len(each) == 1 else each)
-            for name, each in arguments.items()
-            if name != "class_path"
-        }
-    return {**value, "init_args": {**arguments, **changed}}
+def _class_of(part: Any) -> Any:
+    return _short(part).get("class_path") if isinstance(part, Mapping) else part
+
+
+def _usual(name: str, value: Any, section: Mapping[str, Any]) -> Any:
+    """Return a setting in its usual form: whole paths, a list of one as its element, null for the default loss."""
+    if name.startswith("data."):
+        return _whole_paths(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    return None if name == "model.loss" and _has_default_loss(section) else value
 
 
 def _whole_paths(value: Any) -> Any:
@@ -82,7 +82,6 @@ def _whole_paths(value: Any) -> Any:
 
 
 def _has_default_loss(model: Mapping[str, Any]) -> bool:
-    """Return whether a model's settings name its default loss, with the default arguments."""
     loss, architecture = model.get("loss"), model.get("architecture")
     if not isinstance(loss, Mapping) or not str(loss.get("class_path")).startswith("lit_clip."):
         return False
@@ -106,28 +105,15 @@ def evaluated(ours: Configuration) -> Configuration:
 
 
 def _digest(value: Any) -> str:
-    return UNSET if value is None else hex_digest([json.dumps(value, sort_keys=True, default=str)])
+    return UNSET if value is None else hex_digest([json.dumps(_short(value), sort_keys=True, default=str)])
 
 
-def _named(section: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a section that define a configuration."""
-    value = _without_packages(value)
-    arguments = (value.get("init_args", value) if isinstance(value, Mapping) else None) or {}
-    yield section, value.get("class_path") if isinstance(value, Mapping) else value
-    for key, setting in arguments.items():
-        name = f"{section}.{key}"
-        if name == "model.optimizer" and isinstance(setting, Mapping):
-            yield name, setting.get("class_path")
-        elif key != "class_path" and name not in MAY_DIFFER:
-            yield name, setting
-
-
-def _without_packages(value: Any) -> Any:
+def _short(value: Any) -> Any:
     """Return settings with classes named without their package, because classes have several paths."""
     if isinstance(value, Mapping):
         last = {"class_path": str(value["class_path"]).rpartition(".")[2]} if "class_path" in value else {}
-        return {name: _without_packages(each) for name, each in value.items()} | last
-    return [_without_packages(each) for each in value] if isinstance(value, list) else value
+        return {name: _short(each) for name, each in value.items()} | last
+    return [_short(each) for each in value] if isinstance(value, list) else value
 
 
 def joined(own: Configuration, before: Any) -> Configuration:

@@ -17,30 +17,27 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.callback_options import give_rest, take_options, with_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
-from lit_clip.cli.first_look import check_encoder_options, named_model
-from lit_clip.cli.imports import check_not_imported_by
-from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
-from lit_clip.cli.parser import CONFIG, Parser
+from lit_clip.cli.parser import CONFIG, Parser, named_model, register_types
 from lit_clip.cli.plain_help import print_section_help
-from lit_clip.cli.save_config import SaveConfig
+from lit_clip.cli.save_config import SaveConfig, log_no_secrets
 from lit_clip.errors import InputError, require
+from lit_clip.models.custom_config import how_to_import
 from lit_clip.module import LitCLIP
 from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.parts import describe_instance, qualified_name
-from lit_clip.tools.untrusted import shortened
+from lit_clip.tools.untrusted import class_paths_within, shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
-from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
+from lit_clip.training.lightning.run_folder import name_folders
 from lit_clip.training.optimizers import PARTS
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
@@ -69,12 +66,13 @@ class CLI(PlainCLI):
             action="store_true",
             help="fit only: print the plan of the run and contradictions in its settings, and do not train.",
         )
+        parser.add_argument(
+            "--rest", type=list[str], default=[], help="fit only: class folders or tables that should be no worse."
+        )
         for room in CHOOSERS:
             import_module(room).add_option(parser)
         if not self.subclass_mode_model:  # options such as --model.optimizer.lr belong to a class, which must be named
             parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
-        rest = "fit only: class folders or tables that should be no worse."
-        parser.add_argument("--rest", type=list[str], default=[], help=rest)
 
     def init_parser(self, **kwargs: Any) -> Parser:
         return Parser.of_command("lit-clip fit")
@@ -88,15 +86,15 @@ class CLI(PlainCLI):
         for name in ("--data.train", "--data.val", "--data.keep"):  # the parser would forget all but the last
             once = [word.partition("=")[0] for word in words].count(name) < 2
             require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
-        check_encoder_options(words)
         if command in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
         self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
         before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
         before.pop("config", None)
         packaged = _model_of({"model": before.pop("model", {})})  # below a checkpoint's
-        if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
-            before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": _objects()})
+        if self.subclass_mode_model:  # its options may be typed before it, and those of its default objects
+            objects = {name: part for name, part in _parts().items() if "init_args" in part}
+            before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": objects})
         # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
         given = self._given(known, words, before)
         flags = given.pop("print_config", None)
@@ -118,7 +116,6 @@ class CLI(PlainCLI):
         self.config = Namespace({"subcommand": command, command: config}) if command else config
 
     def _given(self, known: Parser, words: Sequence[str], before: Namespace) -> Namespace:
-        """Return the settings from words and files, over ``before``."""
         words, of_callbacks = take_options(words)
         given = known.given(words, before)
         if of_callbacks:
@@ -137,10 +134,10 @@ class CLI(PlainCLI):
         named = given.get("model", {}).get("class_path") if self.subclass_mode_model else None
         if path and path not in NEWEST:
             base |= _settings_of(path, find_object(named) if named else LitCLIP)
-        parts = {
-            name: default if _same(model.get(name), default) else {"class_path": model[name].class_path}
-            for name, default in _parts().items()
-        }
+        parts = _parts()
+        for name, default in parts.items():
+            if (named_class := getattr(model.get(name), "class_path", default["class_path"])) != default["class_path"]:
+                parts[name] = {"class_path": named_class}
         defaults = {"model": {"class_path": named, "init_args": {**base, **parts}}}
         if not named:
             defaults = {f"model.{name}": value for name, value in {**base, **parts}.items()}
@@ -148,7 +145,6 @@ class CLI(PlainCLI):
         return known.complete(given)
 
     def _configuration(self, known: Parser, config: Namespace, given: Namespace) -> Configuration:
-        """Return the settings that a checkpoint's run must share with this run."""
         ours = configuration(known.as_typed(config))
         if known is not self.parsers["fit"]:
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
@@ -158,16 +154,13 @@ class CLI(PlainCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.uses_packaged_defaults:
-            rank_zero_info(
-                f"{self.subcommand}: no --config; the packaged defaults (lit-clip {self.subcommand} --print_config "
-                "shows them)"
-            )
-        check_loggers(self.setting("trainer").logger)
+            shows = f"(lit-clip {self.subcommand} --print_config shows them)"
+            rank_zero_info(f"{self.subcommand}: no --config; the packaged defaults {shows}")
 
     def instantiate_classes(self) -> None:
         fits = self.subcommand == "fit" and not self.setting("validate_first")
         later = fits and gets_weights(self.setting("trainer").strategy)
-        with logger_errors(), weights_come_later() if later else nullcontext():
+        with weights_come_later() if later else nullcontext():
             super().instantiate_classes()
         if self.subcommand and (path := self.setting("ckpt_path")):
             adopt_tokenizer(self.model.model, path)
@@ -202,7 +195,7 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         evaluate_as_given(trainer)
         if not self.setting("print_plan"):  # which starts no other ranks
-            watch_started_ranks(trainer, self.how_to_resume if self.subcommand == "fit" else str)
+            watch_started_ranks(trainer)
         keep_freed_memory(trainer.strategy.root_device)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's
             name_folders(trainer, self.subcommand)
@@ -267,22 +260,11 @@ def _model_of(settings: Any) -> Any:
 
 
 def _parts() -> dict[str, Any]:
-    """Return the settings of the model's default parts."""
     found = {name: inspect.signature(LitCLIP).parameters[name].default for name in PARTS}
     return {
         name: {"class_path": qualified_name(each)} if inspect.isclass(each) else describe_instance(each)
         for name, each in found.items()
     }
-
-
-def _objects() -> dict[str, Any]:
-    """Return the parts of :func:`_parts` with objects as defaults; a parser would take these for names."""
-    return {name: part for name, part in _parts().items() if "init_args" in part}
-
-
-def _same(part: Any, default: Mapping[str, Any]) -> bool:
-    """Return whether a part has the default class, or names no class."""
-    return getattr(part, "class_path", default["class_path"]) == default["class_path"]
 
 
 def _settings_of(path: str, kind: type) -> dict[str, Any]:
@@ -292,7 +274,9 @@ def _settings_of(path: str, kind: type) -> dict[str, Any]:
     """
     checkpoint = checked(read_mapped(Path(path)), path)
     hparams = checkpoint["hyper_parameters"]
-    check_not_imported_by(hparams["architecture"], path)
+    for name in class_paths_within(hparams["architecture"]):
+        if name.rpartition(".")[0] not in sys.modules:  # the parser would import it
+            raise InputError(f"{path}: its architecture names {name}, which is not imported; {how_to_import(name)}")
     check_fits(checkpoint, path)
     ours = inspect.signature(LitCLIP).parameters.keys() - set(PARTS)
     numbers = {name for name, value in hparams.items() if type(value) in (bool, int, float)}

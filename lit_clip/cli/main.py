@@ -9,11 +9,12 @@ import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from lit_clip.cli import imports, subcommands
+from lit_clip.cli import subcommands
 from lit_clip.cli.lazy_packages import defer_packages, uncollected
-from lit_clip.cli.overview import CONFIGURED, help_text
 from lit_clip.cli.plain_help import short_help
+from lit_clip.cli.subcommands import CONFIGURED, help_text
 from lit_clip.errors import InputError, printable
+from lit_clip.tools.class_paths import find_stubs_without_a_program, find_working_folder, import_modules
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams, silence
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
@@ -24,6 +25,7 @@ ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot":
 BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
 WITHOUT_WORKERS = ("configs", "export", "models")  # commands that need no more open files than any program
 USER_ERROR = 2  # argparse's exit code for a bad command line
+IMPORT = "--import"  # of a module, before the command
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed
 
@@ -38,7 +40,6 @@ def _thread_error(thread: threading.ExceptHookArgs) -> None:
 
 
 def _check_command(words: Sequence[str]) -> None:
-    """Check that the command exists; jsonargparse knows only LightningCLI's commands."""
     known = sorted({*CONFIGURED, *subcommands.COMMANDS})
     if words[0] not in known and not words[0].startswith("-"):
         instead = ELSEWHERE.get(words[0].replace("_", "-"))
@@ -53,9 +54,22 @@ def _check_command(words: Sequence[str]) -> None:
         raise InputError(f"{words[0]}: options come after the command; type {ordered}")
 
 
+def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the modules to import, and the command with its options."""
+    modules, rest = [], list(words)
+    while rest and rest[0].partition("=")[0] == IMPORT:
+        _, equals, module = rest.pop(0).partition("=")
+        if not equals and rest and not rest[0].startswith("-"):
+            module = rest.pop(0)
+        if not module:
+            raise InputError(f"{IMPORT}: no module is named; lit-clip {IMPORT} my_encoder COMMAND ...")
+        modules.append(module)
+    return modules, rest
+
+
 def _run(words: list[str]) -> int:
-    imports.find_working_folder()
-    modules, words = imports.command_words(words)
+    find_working_folder()
+    modules, words = command_words(words)
     if not words:
         sys.stderr.write(f"{help_text()}\n")
         return USER_ERROR
@@ -63,8 +77,8 @@ def _run(words: list[str]) -> int:
         sys.stdout.write(f"lit-clip {__version__}\n" if words[0] == "--version" else f"{help_text()}\n")
         return 0
     _check_command(words)
-    imports.import_modules(modules, imports.OPTION)
-    imports.find_stubs_without_a_program()
+    import_modules(modules, IMPORT)
+    find_stubs_without_a_program()
     if not {"-h", "--help"}.intersection(words) and words[0] not in WITHOUT_WORKERS:
         check_open_files()
     if words[0] in subcommands.COMMANDS:

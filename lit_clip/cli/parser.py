@@ -1,10 +1,14 @@
 """The parser of commands with ``--config``: Lightning's parser, with packaged configurations and our messages."""
 
 import argparse
+import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice, pairwise
+from numbers import Number
 from typing import Any
 
 import lightning
@@ -14,14 +18,17 @@ from jsonargparse import ActionConfigFile, Namespace  # pyright: ignore[reportPr
 # jsonargparse 4.53: the only way to read what is given before it is complete. Lightning reads it above the defaults at
 # once, so that a checkpoint's settings could only come before both or after both.
 from jsonargparse._common import parser_context
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_clip import secrets
 from lit_clip.cli.plain_help import PlainHelp, short_help
-from lit_clip.errors import InputError
-from lit_clip.tools.class_paths import import_listed
+from lit_clip.errors import InputError, require
+from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
+from lit_clip.tools.class_paths import find_object, import_listed, import_modules
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
 from lit_clip.tools.packaged import configuration_path
+from lit_clip.tools.parts import qualified_name
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import shortened
 
@@ -42,7 +49,20 @@ class ConfigFile(ActionConfigFile):
             raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
         if not isinstance(trainer := settings.get("trainer", {}), dict):  # a typed option would replace it
             raise InputError(f"{path}: trainer: {shortened(trainer)} must be a mapping of settings")
+        _check_encoder_options(parser.args, settings)
         self.apply_config(parser, cfg, self.dest, path)
+
+
+def _check_encoder_options(words: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuse single settings of a file's encoder that is not our transformer: jsonargparse would take it for ours."""
+    model: Any = settings.get("model")
+    model = model.get("init_args") or model if isinstance(model, Mapping) else {}
+    architecture = model.get("architecture")
+    for word in words if isinstance(architecture, Mapping) else ():
+        if option := re.match(r"--model\.(?:init_args\.)?architecture\.(image|text)\.[^=]*", word):
+            encoder = architecture.get(option[1]) or {}  # with a list of layers: a ResNet's stages
+            if {"timm", "hugging_face", "class_path"} & encoder.keys() or isinstance(encoder.get("layers"), list):
+                raise InputError(f"{option[0]}: single settings of this encoder are set in the YAML file")
 
 
 class Parser(OptionParser, LightningArgumentParser):
@@ -138,3 +158,60 @@ def _check_whole(settings: Any, option: str = "") -> None:
     lists = enumerate(settings) if isinstance(settings, list) else ()
     for key, value in settings.items() if isinstance(settings, dict) else lists:
         _check_whole(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
+
+
+def named_model(words: Sequence[str], base: type) -> str | None:
+    """Return the subclass typed for ``--model`` or named in the last file, before the parser is made: it changes it."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("--model")
+    look.add_argument(*CONFIG, action="append", default=[])
+    try:
+        typed, _ = look.parse_known_args(words)
+    except argparse.ArgumentError:  # the parser itself says so
+        return None
+    files = [read_yaml(configuration_path(name, CONFIG[1])) for name in reversed(typed.config)]
+    models = [typed.model, *(file.get("model") for file in files if isinstance(file, Mapping))]
+    paths = [each.get("class_path") if isinstance(each, Mapping) else each for each in models]
+    named = next((each for each in paths if isinstance(each, str) and "." in each.strip(".")), None)
+    if named is not None:
+        try:
+            found = find_object(named)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"model: {error}") from error
+        if not (inspect.isclass(found) and issubclass(found, base)):
+            raise InputError(f"model: {named} is no subclass of {qualified_name(base)}")
+    return named
+
+
+def _read(kind: type[CustomEncoderConfig], value: Any) -> CustomEncoderConfig:
+    values = value.as_dict() if isinstance(value, Namespace) else value
+    if not isinstance(values, dict) or "class_path" not in values:
+        raise ValueError("names no class_path")  # the parser then tries the other kinds
+    known = [each.name for each in dataclasses.fields(kind)]
+    for name in values:
+        require(name in known, f"{values['class_path']} has the entry {name!r}; put it into init_args")
+    module = str(values["class_path"]).rpartition(".")[0]
+    if module:  # without one, the architecture's own check says what is wrong
+        import_modules([module], values["class_path"])
+    return kind(**values)
+
+
+def _written(encoder: CustomEncoderConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(encoder).items() if value}
+
+
+def _number(value: Any) -> int | float:
+    require(isinstance(value, int | float) and not isinstance(value, bool), f"{value!r} is not a number")
+    return value
+
+
+def register_types() -> None:
+    """Register types that parsers misread without help; a second call has no effect.
+
+    Encoders by class path would be taken for subclasses of the others' settings. ``numbers.Number``, by which
+    torchvision's transforms annotate angles, would be taken for a class: a number is accepted and then cannot be
+    written to the config.
+    """
+    register_type(Number, serializer=_number, deserializer=_number, fail_already_registered=False)
+    for kind in (CustomImageConfig, CustomTextConfig):
+        register_type(kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False)

@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from argparse import Action
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -50,40 +50,26 @@ COMMON = {
 
 
 class PlainHelp(DefaultHelpFormatter):
-    """Show names in docstrings without back quotes and roles."""
+    """Show names in docstrings without back quotes and roles; if ``asked``, only the options that begin with it."""
+
+    def __init__(self, *args: Any, asked: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked = asked
+
+    def add_usage(self, *args: Any, **options: Any) -> None:
+        if not self.asked:
+            super().add_usage(*args, **options)
 
     def add_argument(self, action: Action) -> None:
         action.help = action.help and MARKED.sub(r"\1", action.help)
-        super().add_argument(action)
+        if not self.asked or any(f"{name}.".startswith(f"{self.asked}.") for name in action.option_strings):
+            super().add_argument(action)
 
     def start_section(self, heading: str | None) -> None:
         super().start_section(heading and MARKED.sub(r"\1", heading))
 
     def add_text(self, text: str | None) -> None:
-        super().add_text(text and MARKED.sub(r"\1", text))
-
-
-class Section(PlainHelp):
-    """Show the options that begin with ``--OPTION``; nothing if ``--OPTION.help`` is itself an option."""
-
-    def __init__(self, *args: Any, asked: str, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.asked, self.is_option = asked, False
-
-    def add_usage(self, *args: Any, **options: Any) -> None:
-        """Add nothing."""
-
-    def add_text(self, text: str | None) -> None:
-        """Add nothing."""
-
-    def add_arguments(self, actions: Iterable[Action]) -> None:
-        named = [(each, each.option_strings) for each in actions]
-        self.is_option |= any(f"{self.asked}{SECTION}" in names for _, names in named)
-        below = [each for each, names in named if any(f"{name}.".startswith(f"{self.asked}.") for name in names)]
-        super().add_arguments(below)
-
-    def format_help(self) -> str:
-        return "" if self.is_option else super().format_help()
+        super().add_text(None if self.asked else text and MARKED.sub(r"\1", text))
 
 
 def short_help(command: str) -> str:
@@ -111,9 +97,9 @@ def print_section_help(parser: Any, words: Sequence[str]) -> None:
     for word in words:
         if word.endswith(SECTION):
             before = parser.command, parser.formatter_class
-            parser.command, parser.formatter_class = "", partial(Section, asked=word.removesuffix(SECTION))
+            parser.command, parser.formatter_class = "", partial(PlainHelp, asked=word.removesuffix(SECTION))
             text = parser.format_help()
             parser.command, parser.formatter_class = before
-            if text.strip():
+            if text.strip() and f"  {word} " not in text:
                 sys.stdout.write(text)
                 sys.exit(0)

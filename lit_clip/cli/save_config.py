@@ -1,23 +1,33 @@
-"""Save the settings of a run into its folder."""
+"""Save the settings of a run into its folder, and for TensorBoard's HParams page, which compares runs by them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lit_clip.cli.configurations import Configuration, configuration, differences, joined
-from lit_clip.cli.hparams import log_settings
 from lit_clip.errors import require
+from lit_clip.secrets import plain_without_secrets, without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.lightning.run_folder import run_folder
+from lit_clip.training.lightning.strategies import leave_out_hp_metric
 
 JOB = "slurm_job_id"  # in a checkpoint
+# Settings of the trainer that change what is learned.
+OF_TRAINER = (
+    *("max_epochs", "max_steps", "limit_train_batches", "overfit_batches", "precision", "devices", "num_nodes"),
+    *("gradient_clip_val", "sync_batchnorm", "callbacks"),
+)
+# The page shows five settings and five metrics at first.
+FIRST = ("model.optimizer.lr", "data.batch_size", "trainer.max_epochs", "model.architecture", "data.train")
+FIRST_METRICS = ("val/loss", "val/image_to_text_recall@1", "val/text_to_image_recall@1")
 # The default of Timer.interval is one, which jsonargparse's dumper would refuse.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
@@ -38,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = run_folder(trainer)
         if folder and trainer.is_global_zero:
-            save_text(folder / self.config_filename, self._text)
+            save_text(folder / self.config_filename, self.parser.written(self.config))
         self.already_saved = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -73,10 +83,6 @@ class SaveConfig(SaveConfigCallback):
             checkpoint[JOB] = job
 
     @cached_property
-    def _text(self) -> str:
-        return self.parser.written(self.config)
-
-    @cached_property
     def _configuration(self) -> Configuration:
         return configuration(self._settings)
 
@@ -95,3 +101,68 @@ def save_text(path: Path, text: str) -> Path:
     with replacing(candidate) as draft:
         draft.write_text(text, encoding="utf-8")
     return candidate
+
+
+def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics: Iterable[str] | None = None) -> None:
+    """Write a run's settings into the event files of its TensorBoard loggers.
+
+    At the end of the run ``metrics`` names the curves whose last values are compared. Without that list, as of runs
+    that were killed, the page offers all curves.
+    """
+    # Imports TensorFlow where that is installed.
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]  # generated
+    from torch.utils.tensorboard.summary import hparams
+
+    flat = flat_settings(settings)
+    compared = [name for name in metrics or () if name.startswith(("val/", "zero_shot/", "linear_probe/"))]
+    compared.sort(key=lambda name: (not name.endswith("/top1"), name))  # accuracies first
+    ordered = dict.fromkeys([*(name for name in FIRST_METRICS if name in compared), *compared], 0.0)
+    lists, beginning, end = hparams(flat, ordered)
+    plugin = lists.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for setting in data.experiment.hparam_infos:
+        setting.differs = setting.name in FIRST  # the page sorts these before the others
+    plugin.content = data.SerializeToString()
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            leave_out_hp_metric(logger)
+            writer: Any = logger.experiment._get_file_writer()
+            for summary in (beginning,) if metrics is None else (lists, end):
+                writer.add_summary(summary, 0)
+            writer.flush()
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Return settings by dotted name: all of model and data, and the trainer's that affect training."""
+    trainer = {name: settings.get("trainer", {}).get(name) for name in OF_TRAINER}
+    callbacks = trainer.pop("callbacks") or []
+    named = [_described(each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    chosen = {"seed_everything": settings.get("seed_everything"), "model": settings.get("model")}
+    chosen |= {"data": settings.get("data"), "trainer": trainer | {"callbacks": ", ".join(sorted(named))}}
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in _flat(chosen)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}" if key not in ("init_args", "class_path") else prefix.removesuffix(".")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif value is not None:
+            yield name, value if isinstance(value, bool | int | float) else str(value)
+
+
+def _described(callback: Any) -> str:
+    path = callback["class_path"] if isinstance(callback, Mapping) else str(callback)
+    given = callback.get("init_args") if isinstance(callback, Mapping) and not path.startswith("lightning.") else None
+    settings = ", ".join(f"{name}={value}" for name, value in (given or {}).items() if value is not None)
+    return path.rpartition(".")[2] + (f"({settings})" if settings else "")
+
+
+def log_no_secrets(loggers: Iterable[Any]) -> None:
+    """Make loggers write ``***`` instead of secrets in hyper-parameters."""
+    for logger in loggers:
+        logger.log_hyperparams = partial(_log_no_secrets, logger.log_hyperparams)
+
+
+def _log_no_secrets(log: Callable[..., Any], params: Any, *others: Any, **options: Any) -> Any:
+    return log(plain_without_secrets(params if isinstance(params, Mapping) else vars(params)), *others, **options)

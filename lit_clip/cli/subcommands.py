@@ -1,17 +1,21 @@
-"""Commands other than LightningCLI's: each is a function, and its signature is its command line.
+"""The names of all commands. Those other than LightningCLI's are functions, whose signature is their command line.
 
 Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
 default. The docstring is the help. A ``list`` takes any number of words, in one option or more; a ``bool`` is a flag.
 A dataclass groups options: each field is one, and its docstring is their help.
 """
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import io
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import docstring_parser
@@ -43,7 +47,23 @@ COMMANDS: dict[str, str] = {
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
 }
 # Options of rooms that need not be there, in place of those of a command's parameter.
-HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip.commands.head_option:HeadFile"}
+HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip.commands.class_heads:HeadFile"}
+# LightningCLI's commands, imported when one of them is run.
+CONFIGURED = {
+    "fit": "Train or fine-tune a model.",
+    "validate": "Loss and retrieval on the validation data, and the configuration's evaluation callbacks.",
+    "test": "The same metrics on the test data.",
+    "predict": "Features of the data's images and captions, for Python callers.",
+}
+FIRST = ("fit", "evaluate", "classify", "search", "export", "demo")
+EXAMPLES = (
+    "lit-clip fit --data.train captions.csv",
+    "lit-clip evaluate --model last.ckpt --suite mine --output my_evaluation",
+    "lit-clip classify photos --model last.ckpt --classes tiger pizza bicycle",
+    'lit-clip search photos "a red kite over the beach" --model last.ckpt',
+    "lit-clip export last.ckpt --format onnx --output exported",
+)
+HELP_WIDTH = 80
 
 
 def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
@@ -102,7 +122,6 @@ def _imported(path: str) -> Any:
 
 
 def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a function from the values of its options."""
     groups = _groups(function).items()
     made = {
         name: kind(**{each.name: values.pop(each.name) for each in dataclasses.fields(kind)}) for name, kind in groups
@@ -127,3 +146,30 @@ def run_command(words: Sequence[str]) -> None:
 def _underscores(word: str) -> str:
     option, equals, value = word.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word
+
+
+def help_text() -> str:
+    """Return the text of ``lit-clip --help``."""
+    others = ", ".join(sorted({*CONFIGURED, *COMMANDS}.difference(FIRST)))
+    lines = ["usage: lit-clip COMMAND ...", ""]
+    for name in FIRST:
+        text = f"  {name:10} {CONFIGURED.get(name) or _first_line(COMMANDS[name])}"
+        lines += [textwrap.fill(text, HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)]
+    lines += ["", "Examples:", *(f"  {example}" for example in EXAMPLES), ""]
+    lines += [textwrap.fill(f"More commands: {others}.", HELP_WIDTH, break_on_hyphens=False)]
+    lines += ["", "lit-clip COMMAND --help lists a command's options; --version: the version."]
+    lines += ["lit-clip --import MODULE COMMAND ... first imports a module, which holds the"]
+    lines += ["encoders that a checkpoint names."]
+    return "\n".join(lines)
+
+
+def _first_line(function: str) -> str:
+    """Return the first line of a function's docstring without importing its module."""
+    module, _, name = function.partition(":")
+    *package, file = module.split(".")
+    spec = importlib.util.find_spec(".".join(package[:2]))  # imports nothing of the package's
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent.joinpath(*package[2:], f"{file}.py").read_text(encoding="utf-8")
+    found = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(next(found)) or "").partition("\n")[0]

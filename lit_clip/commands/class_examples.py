@@ -1,17 +1,16 @@
-"""Examples for ``lit-clip classify``: images of one or several classes, from class folders or a table."""
+"""True classes of images for ``lit-clip classify``: one or several each, from class folders or a table."""
 
 import csv
 import io
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_clip.commands.class_truth import folder_names, folder_truth
 from lit_clip.embedding.image_files import FileRows, ImageFile, image_file, images_in
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.thresholds import check_names
@@ -60,7 +59,6 @@ def read_examples(
 
 
 def _check_copies(examples: ExampleFiles, path: str) -> None:
-    """Raise :class:`InputError` for files with the same bytes and different classes."""
     sizes = Counter(file.size for file in examples.files)
     seen: dict[str, tuple[ImageFile, list[int]]] = {}
     for file, label in zip(examples.files, examples.labels.reshape(len(examples.files), -1).tolist(), strict=True):
@@ -121,3 +119,41 @@ def _table(path: Path, names: Sequence[str] | None, column: str, option: str, wh
         for number, classes in enumerate(relevant):
             labels[number, classes] = 1
     return ExampleFiles(FileRows(image_file(*each) for each in files.items()), labels, names, path.parent)
+
+
+def folder_names(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
+    """Return the names of a folder's subfolders as class names, with spaces for underscores."""
+    root = Path(paths[0])
+    one = len(paths) == 1 and root.is_dir()
+    inside = [PurePath(file.path).relative_to(root).parts for file in files] if one else []
+    if not inside or any(len(parts) < 2 for parts in inside):
+        raise InputError(
+            f"--classes: not given, and {' '.join(paths[:2])} is no folder with a subfolder of images for each class; "
+            "name the classes"
+        )
+    names = list(dict.fromkeys(parts[0].replace("_", " ") for parts in inside))
+    require(len(names) > 1, f"--classes: not given, and {root} has one subfolder, {names[0]}; name the classes' folder")
+    return names
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+
+
+def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequence[PurePath] = ()) -> list[int]:
+    """Return the class of each image: the innermost folder named after a class; -1 if there is none.
+
+    Counted are the folders below the one of ``folders`` that the image is in, and that one itself; of an image in none
+    of them its own folder. Letters may be small or capital, and underscores and hyphens stand for spaces.
+    """
+    places = {_plain(name): place for place, name in reversed(list(enumerate(names)))}
+    places |= {name: place for place, name in enumerate(names)}
+    above = sorted(folders, key=lambda folder: -len(folder.parts))
+
+    def place(path: PurePath) -> int:
+        root = next((folder for folder in above if path.is_relative_to(folder)), path.parent)
+        inside = (root.name, *path.relative_to(root).parts[:-1])
+        known = (places.get(name, places.get(_plain(name), -1)) for name in reversed(inside))
+        return next((each for each in known if each >= 0), -1)
+
+    return [place(PurePath(file.key)) for file in files]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_clip.embedding.encoding_task import Encoding
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.precision import autocast
 from lit_clip.embedding.reading import check_finite
@@ -23,11 +23,10 @@ from lit_clip.tools.images import OnError
 
 
 class Scores(NamedTuple):
-    """Probabilities ``[B, C]``; bool ``[B]``: the image shows none of the classes; and unit features ``[B, D]``."""
+    """Probabilities ``[B, C]``, and whether an image shows none of the classes, bool ``[B]``."""
 
     probability: Tensor
     none: Tensor
-    after: Tensor
 
 
 class ClassSource:
@@ -36,7 +35,6 @@ class ClassSource:
     Attributes:
         names: of the source's own classes.
         saved, listed: files that are written besides the results: as named by an option, and with names of their own.
-        keeps: whether the report needs the scores of all images.
         both_kinds: whether features before the projection are needed; they are empty otherwise.
         above: ``[C]``, the probability from which an image has a class, if it may have several.
     """
@@ -44,7 +42,6 @@ class ClassSource:
     names: Sequence[str] | None = None
     saved: Sequence[Path] = ()
     listed: Sequence[Path] = ()
-    keeps = False
     both_kinds = False
     above: Tensor | None = None
 
@@ -55,14 +52,14 @@ class ClassSource:
     def scores(self, before: Tensor, after: Tensor) -> Scores:
         """Return scores from features before the projection ``[B, W]`` and unit features ``[B, D]``."""
         none = torch.zeros(len(after), dtype=torch.bool)
-        return Scores(class_probabilities(self.model, after, self.weights), none, after)
+        return Scores(class_probabilities(self.model, after, self.weights), none)
 
     def summary(self, none: int, count: int) -> str:
         """Return a line about images that show none of the classes; empty if there is nothing to say."""
         return ""
 
-    def report(self, files: Sequence[ImageFile], kept: Sequence[Scores]) -> None:
-        """Print more about the classes after all images have been scored."""
+    def report(self, files: Sequence[ImageFile]) -> None:
+        """Print more about the classes after all images have been scored; ``files`` are those that could be read."""
 
 
 def prompt_weights(model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> Tensor:
@@ -90,19 +87,15 @@ class ClassOptions:
 
     flat = True  # options are typed without its name
 
-    def check(self, classes: Sequence[str] | None) -> None:
-        """Raise :class:`InputError` for options that contradict each other, before anything is read."""
+    @property
+    def path(self) -> str:
+        return ""  # the file of a head
 
     def source(
         self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError, group: str = ""
     ) -> ClassSource:
         """Return the source of the classes, or of one group's classes; ``classes`` and ``prompts`` are as typed."""
         return ClassSource()
-
-    @property
-    def path(self) -> str:
-        """The file of a head; empty if none is named."""
-        return ""
 
     def opened(self) -> Any:
         """Return the head in the file, a :class:`lit_clip.heads.Head`; None if no file is named."""

@@ -3,19 +3,21 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.commands.class_examples import TABLES, read_examples
-from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
-from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource, Scores
-from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
-from lit_clip.embedding.encoding_task import Encoding, check_complete, report_skipped
+from lit_clip.commands.class_examples import TABLES, folder_names, folder_truth, read_examples
+from lit_clip.commands.class_output import NO_TRUTH, Judge, Output, RankedClass, ranked, write_classes
+from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource
+from lit_clip.embedding.encode import Encoding, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.reading import (
@@ -33,27 +35,11 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
+from lit_clip.tools.html import page_path
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.text_files import read_text, read_yaml
 
-
-@dataclass(frozen=True)
-class Known:
-    """Options for images with known classes.
-
-    Args:
-        metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
-            as auroc=torchmetrics.classification.MulticlassAUROC.
-        sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
-            an earlier one.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    metrics: list[str] | None = None
-    sheet: str = "classify.html"
-
-
-ENCODING, KNOWN = Encoding(), Known()
+ENCODING, SHEET = Encoding(), "classify.html"
 NO_LINES = (".json", ".yaml", ".yml")  # files in which names stand between other signs
 FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
@@ -67,7 +53,8 @@ def classify(
     top_k: int = 5,
     output: Output | None = None,
     output_file: str | None = None,
-    known: Known = KNOWN,
+    metrics: list[str] | None = None,
+    sheet: str = SHEET,
     learning: ClassOptions = NAMES_ALONE,
     encoding: Encoding = ENCODING,
 ) -> None:
@@ -89,36 +76,68 @@ def classify(
             images if images lie in class folders. CSV has an apostrophe before names that a spreadsheet would compute,
             such as =1.
         output_file: write the results to this file instead of standard output.
-        known: what is done with images whose classes are known.
+        metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
+            as auroc=torchmetrics.classification.MulticlassAUROC.
+        sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
+            an earlier one.
         learning: a head that is fitted on examples, or was.
         encoding: how images are read and encoded.
     """
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    target = _place(output_file, "--output_file")
-    _place(known.sheet, "--sheet", ".html")
+    target, page = Path(output_file) if output_file else None, page_path("sheet", sheet)
+    require(target is None or target.absolute().parent.is_dir(), f"--output_file {target}: there is no such folder")
     check_precision(encoding.precision)
-    learning.check(classes)
-    given, typed = metrics_typed(known.metrics or []), read_groups(classes or [])
+    given, typed = metrics_typed(metrics or []), read_groups(classes or [])
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
-    groups = _groups(images, typed, prompts, learning, given, encoding.on_error)
+    files, groups = _groups(images, typed, prompts, learning, given, encoding.on_error)
     judged = any(group.judge.known for group in groups)
-    require(judged or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
-    sheet = Path(known.sheet) if judged else None
+    require(judged or sheet == SHEET, f"--sheet: {NO_TRUTH}")
     saved = [path for group in groups for path in group.source.saved]
     listed = [path for group in groups for path in group.source.listed]
-    with claimed(target, sheet, *saved, option="file"), claimed(*listed, option=""):
+    few = FEW if output is None and target is None and judged else None
+    form: Output = output or next(
+        (kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table"
+    )
+    with claimed(target, page if judged else None, *saved, option="file"), claimed(*listed, option=""):
         clip = load_model(model).to(best_device())
         for group in groups:
             group.source.begin(clip, group.names, prompts, encoding)
-        answers = Answers(FileRows(groups[0].judge.files), groups, top_k)
-        few = FEW if output is None and target is None and judged else None
-        by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
-        answers.collect(Classifier(clip, [group.source for group in groups], encoding), output or by_name, target, few)
+        found, unreadable = _classified(clip, files, groups, encoding, top_k, form, target)
+        write_classes(dict(islice(found.items(), few)), form, target)
+        if few and len(found) > few:
+            stderr().print(f"the first {few} of {len(found):,} images; --output table shows all", highlight=False)
         for group in groups:
-            group.source.report([answers.files[row] for row in answers.rows], group.kept)
+            if summary := group.source.summary(group.none, len(found)):
+                stderr().print(f"{group.title}: {summary}" if group.title else summary, highlight=False)
+        if target:
+            report_skipped([file.key for file in files], unreadable, target.with_name(f"{target.name}.skipped.txt"))
+        for bad in () if target else unreadable:
+            stderr().print(f"skipped: {bad.message}")
         for group in groups:
-            group.judge.finish(Path(known.sheet))
+            group.source.report([file for file in files if file.key in found])
+        for group in groups:
+            group.judge.finish(page)
+
+
+@dataclass
+class Group:
+    """Classes of which an image has one; the title is empty for a single group."""
+
+    title: str
+    names: Sequence[str]
+    source: ClassSource
+    judge: Judge
+    none: int = 0  # number of images that show none of the classes
+
+    @torch.no_grad()
+    def classes(self, rows: Sequence[int], before: Tensor, after: Tensor, top_k: int) -> list[list[RankedClass]]:
+        """Score a batch and judge it; return the classes of each image."""
+        scores = self.source.scores(before, after)
+        probability, none = scores.probability.cpu(), scores.none.tolist()
+        self.none += sum(none)
+        self.judge.add(rows, probability, none)
+        return ranked(probability, none, self.names, top_k, self.source.above, self.title)
 
 
 def _groups(
@@ -128,8 +147,8 @@ def _groups(
     learning: ClassOptions,
     metrics: Mapping[str, Any],
     on_error: OnError,
-) -> list["Group"]:
-    """Return the groups of classes, or one untitled group, each with its source and a judge of the files."""
+) -> tuple[FileRows, list[Group]]:
+    """Return the files, and the groups of classes or one untitled group, each with its source and judge."""
     labelled = "" not in typed and len(images) == 1 and Path(images[0]).suffix.lower() in TABLES
     files = FileRows([] if labelled else find_images(images, on_error))
     folders = [path for path in map(Path, images) if path.is_dir()]
@@ -142,102 +161,42 @@ def _groups(
             files, labels, *_ = read_examples(images[0], names, on_error, title, "")
             truth = labels.tolist()
         groups.append(Group(title, names, source, Judge(files, names, truth, metrics, title)))
-    return groups
+    return files, groups
 
 
-def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
-    path = Path(name) if name else None
-    require(path is None or path.suffix == suffix or not suffix, f"{option} {path}: must be a {suffix} file")
-    require(path is None or path.absolute().parent.is_dir(), f"{option} {path}: there is no such folder")
-    return path
-
-
-@dataclass
-class Classifier:
-    """Encode images and score them; remember unreadable images."""
-
-    model: CLIP
-    sources: Sequence[ClassSource]
-    encoding: Encoding
-    unreadable: list[UnreadableRow] = field(default_factory=list)
-
-    def scored(self, files: FileRows, title: str) -> Generator[tuple[list[int], list[Scores]], None, None]:
-        """Yield each batch's file places and every source's scores, without skipped files."""
-        self.unreadable, settings, width = [], self.encoding, self.model.config.embed_dim
-        kind = features_of_both_kinds if self.sources[0].both_kinds else image_features
-        encode = kind(self.model, settings.precision)
-        batch_size, workers = settings.batch_size, settings.num_workers
-        with closing(encoded_batches(self.model, files, batch_size, workers, encode=encode, title=title)) as batches:
+def _classified(
+    model: CLIP,
+    files: FileRows,
+    groups: Sequence[Group],
+    encoding: Encoding,
+    top_k: int,
+    output: Output,
+    target: Path | None,
+) -> tuple[dict[str, list[RankedClass]], list[UnreadableRow]]:
+    """Return the classes of each readable image by its key; after Ctrl-C, write the finished ones."""
+    found: dict[str, list[RankedClass]] = {}
+    unreadable: list[UnreadableRow] = []
+    kind = features_of_both_kinds if groups[0].source.both_kinds else image_features
+    encode, width = kind(model, encoding.precision), model.config.embed_dim
+    settings = encoding.batch_size, encoding.workers
+    try:
+        with closing(encoded_batches(model, files, *settings, encode=encode, title="images")) as batches:
             for batch, features in batches:
                 for bad in batch.unreadable:
-                    require(settings.on_error == "skip", or_skip(bad.message, "--on_error skip"))
-                self.unreadable += batch.unreadable
+                    require(encoding.on_error == "skip", or_skip(bad.message, "--on_error skip"))
+                unreadable += batch.unreadable
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
-                    found = [source.scores(features[:, :-width], features[:, -width:]) for source in self.sources]
-                    yield batch.rows, [Scores(*(each.detach().cpu() for each in scores)) for scores in found]
-
-
-@dataclass
-class Group:
-    """Classes of which an image has one, and their scores; the title is empty for a single group."""
-
-    title: str
-    names: Sequence[str]
-    source: ClassSource
-    judge: Judge
-    kept: list[Scores] = field(default_factory=list)
-    none: int = 0  # number of images that show none of the classes
-
-
-@dataclass
-class Answers:
-    """The classes of each image, by its key; judged if the truth is known."""
-
-    files: FileRows
-    groups: Sequence[Group]
-    top_k: int
-    classes: dict[str, list[RankedClass]] = field(default_factory=dict)
-    rows: list[int] = field(default_factory=list)  # of the images that are classified
-
-    def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
-        """Classify all images and write the answers (with ``few``, the first ones); after Ctrl-C, the finished ones."""
-        try:
-            with closing(classifier.scored(self.files, "images")) as batches:
-                for rows, scores in batches:
-                    self._add(rows, scores)
-        except KeyboardInterrupt:
-            kept = path.with_name(f"{path.name}.partial") if path else None
-            write_classes(self.classes, output, kept)
-            done = f"{len(self.classes)} of {len(self.files)} are in {kept or 'the output'}"
-            raise KeyboardInterrupt(done) from None
-        check_complete(len(self.classes), len(self.files), classifier.unreadable)
-        write_classes(dict(islice(self.classes.items(), few)), output, path)
-        if few is not None and len(self.classes) > few:
-            stderr().print(
-                f"the first {few} of {len(self.classes):,} images; --output table shows all", highlight=False
-            )
-        for group in self.groups:
-            if summary := group.source.summary(group.none, len(self.classes)):
-                stderr().print(f"{group.title}: {summary}" if group.title else summary, highlight=False)
-        if path:
-            keys = [file.key for file in self.files]
-            report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))
-        for bad in () if path else classifier.unreadable:
-            stderr().print(f"skipped: {bad.message}")
-
-    def _add(self, rows: list[int], scores_of: Sequence[Scores]) -> None:
-        self.rows += rows
-        self.classes |= {self.files[row].key: [] for row in rows}
-        for group, scores in zip(self.groups, scores_of, strict=True):
-            none = scores.none.tolist()
-            found = ranked(scores.probability, none, group.names, self.top_k, group.source.above, group.title)
-            for row, best in zip(rows, found, strict=True):
-                self.classes[self.files[row].key] += best
-            group.judge.add(rows, scores.probability, none)
-            group.none += sum(none)
-            if group.source.keeps:
-                group.kept.append(scores)
+                    kinds = features[:, :-width], features[:, -width:]
+                    best = [group.classes(batch.rows, *kinds, top_k) for group in groups]
+                    keys = [files[row].key for row in batch.rows]
+                    found |= {key: list(chain(*own)) for key, *own in zip(keys, *best, strict=True)}
+    except KeyboardInterrupt:
+        kept = target.with_name(f"{target.name}.partial") if target else None
+        write_classes(found, output, kept)
+        raise KeyboardInterrupt(f"{len(found)} of {len(files)} are in {kept or 'the output'}") from None
+    check_complete(len(found), len(files), unreadable)
+    return found, unreadable
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
@@ -271,19 +230,13 @@ def read_groups(words: Sequence[str]) -> dict[str, list[str] | None]:
 
 def read_classes(words: Sequence[str]) -> list[str]:
     """Return class names as typed, from a file with one name per line, or from a list with commas, as in YAML."""
-    names, text = _lines(words, "classes"), " ".join(words)
-    if bracketed := bool(re.fullmatch(r"\[[^\[\]]*\]", text)):
-        names = [" ".join(text[1:-1].split())]
+    names, bracketed = _lines(words, "classes"), re.fullmatch(r"\[([^\[\]]*)\]", " ".join(words))
     if bracketed or (len(names) == len(words) == 1 and "," in names[0]):
-        names = [name.strip(" '\"") for name in names[0].split(",")]
+        text = " ".join((bracketed[1] if bracketed else names[0]).split())
+        names = [name.strip(" '\"") for name in text.split(",")]
     require(all(names), "--classes: a name is empty")
-    for name in names:
-        even = all(name.count(left) == name.count(right) for left, right in ("[]", "()"))
-        one = even and not re.fullmatch(r"\[.*,.*\]", name)
-        require(one, f"--classes: {name}: its brackets hold no list here; type all names as [a, b], or each as a word")
     counts = Counter(name.casefold() for name in names)
-    duplicates = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
-    if duplicates:
-        listed = ", ".join(map(repr, duplicates.values()))
+    if repeated := {name.casefold(): repr(name) for name in names if counts[name.casefold()] > 1}:
+        listed = ", ".join(repeated.values())
         raise InputError(f"--classes: named more than once: {listed}; an image has one best class, name each once")
     return names

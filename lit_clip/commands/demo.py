@@ -9,7 +9,7 @@ from lit_clip import load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.commands.demo_trial import Trial
 from lit_clip.commands.search import Searched, holds_features, read_searched, search_in
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import images_in
 from lit_clip.errors import InputError, require
 from lit_clip.tools.console import stderr
@@ -44,7 +44,6 @@ def demo(
     missing = [each for each in ("starlette", "uvicorn", "python_multipart") if importlib.util.find_spec(each) is None]
     require(not missing, f"demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
-    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     path = Path(images) if images is not None else None
     stored = path is not None and holds_features(path, index, "32-true")
     files = images_in(path, on_error) if path and not stored else []

@@ -7,7 +7,7 @@ from PIL import Image
 from lit_clip.commands.demo_trial import LONGEST_PROMPT, MOST_PROMPTS, Source, image_of, words
 from lit_clip.errors import require
 from lit_clip.locating.locator import Locator
-from lit_clip.locating.overlay import Scale, overlay
+from lit_clip.locating.overlay import overlays
 from lit_clip.models.clip import CLIP
 
 MOST_TEXTS = 20  # that a click finds in an image
@@ -32,9 +32,8 @@ class Tab:
         longest = max(map(len, [*wanted, *others]))
         require(longest <= LONGEST_PROMPT, f"a text of {longest:,} characters; at most {LONGEST_PROMPT:,}")
         located = self._locator(tuple(wanted), tuple(others) or None)(opened)
-        scale, shown = Scale.around(located.level, max(region.cosine for region in located.regions)), []
-        for text, cosines, region in zip(wanted, located.maps, located.regions, strict=True):
+        shown = []
+        for text, region, picture in zip(wanted, located.regions, overlays(opened, located), strict=True):
             found = f"{region.cosine:.3f}, {region.margin:+.3f}" if region.seen else f"not seen ({region.cosine:.3f})"
-            drawn = overlay(opened, cosines, scale, region.cosine, region.box(opened.size))
-            shown.append((drawn, f"{text}: {found}"))
+            shown.append((picture, f"{text}: {found}"))
         return shown

@@ -114,7 +114,6 @@ def _arguments(function: Callable[..., Any], form: FormData) -> dict[str, Any]:
 
 
 def _plain(found: Any) -> Any:
-    """Return probabilities unchanged, and images with captions as JSON values."""
     if isinstance(found, dict):
         return found
     return [{"image": thumbnail(image, 2 * SHOWN), "caption": caption} for image, caption in found]
@@ -144,7 +143,6 @@ class OwnPage:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Return a channel that raises an error when a body exceeds the limit for an image and its texts."""
     size, most = 0, MOST_BYTES + 4 * MOST_TEXT
 
     async def receive_bounded() -> Message:

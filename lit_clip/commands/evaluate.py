@@ -1,17 +1,14 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
-
-import torch
+from typing import Any, get_args
 
 from lit_clip import distributed, load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
-from lit_clip.embedding.encode import claimed_by_first
-from lit_clip.embedding.encoding_task import EncodingSettings
-from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.encode import EncodingSettings, claimed_by_first
+from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.classification import ClassHead, TaskOptions
@@ -19,75 +16,16 @@ from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differen
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
-from lit_clip.evaluation.report.tables import write_tables
-from lit_clip.evaluation.report.tensorboard import write_tensorboard
+from lit_clip.evaluation.report.tables import write_tables, write_tensorboard
 from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
-from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.images import OnError
-from lit_clip.tools.workers import workers_for_images
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """Options for encoding images and texts.
-
-    Args:
-        batch_size: images encoded at once by one process.
-        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
-            given. Does not change the results.
-        devices: number of processes, one per device; does not change the results.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    batch_size: int = 64
-    num_workers: int | None = None
-    devices: int = 1
-    accelerator: str = "auto"
-    precision: Precision = "32-true"
-    on_error: OnError = "error"
-
-    def settings(self) -> EncodingSettings:
-        """Return the settings, with the default number of workers."""
-        workers = self.num_workers
-        if workers is None:
-            processes = self.devices if self.devices > 0 else torch.accelerator.device_count()  # -1: all
-            workers = workers_for_images(max(1, processes))
-        return EncodingSettings(**{**vars(self), "num_workers": workers})
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Options of the examples for few-shot results.
-
-    Args:
-        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
-        draws: number of draws of the examples of each few-shot result.
-        seed: random seed of the draws and of held-out images.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    shots: list[int] | None = None
-    draws: int = 3
-    seed: int = 0
-
-    def options(self, metrics: list[str] | None) -> TaskOptions:
-        """Return the options of the tasks."""
-        shots = self.shots or SHOTS
-        require(self.draws >= 1, f"--draws {self.draws} must be at least 1")
-        require(min(shots) >= 1, f"--shots {min(shots)} must be at least 1")
-        return TaskOptions(tuple(shots), self.draws, self.seed, metrics=metrics_typed(metrics or []))
-
-
-ENCODING, EXAMPLES = Encoding(), Examples()
+ENCODING = EncodingSettings()
 
 
 def evaluate(
@@ -102,8 +40,10 @@ def evaluate(
     compare: list[str] | None = None,
     cache: str | None = None,
     head: ClassOptions = NAMES_ALONE,
-    encoding: Encoding = ENCODING,
-    examples: Examples = EXAMPLES,
+    encoding: EncodingSettings = ENCODING,
+    shots: list[int] | None = None,
+    draws: int = 3,
+    seed: int = 0,
     download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice, segmentation.
@@ -127,52 +67,38 @@ def evaluate(
             one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
         encoding: how images and texts are encoded.
-        examples: of the few-shot results.
         head: also evaluate this head, a file of classify --save_head, on the sets of its classes.
+        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
+        draws: number of draws of the examples of each few-shot result.
+        seed: random seed of the draws and of held-out images.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     check_precision(encoding.precision, encoding.accelerator)
-    wanted, options = _tasks(tasks, head.path), examples.options(metrics)
-    entries = _chosen(_with_head(read_suite(suite)) if head.path else read_suite(suite), sets, wanted)
+    require(draws >= 1, f"--draws {draws} must be at least 1")
+    require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
+    options = TaskOptions(tuple(shots or SHOTS), draws, seed, metrics=metrics_typed(metrics or []))
+    wanted = _tasks(tasks, head.path)
+    entries = _chosen(read_suite(suite), sets, wanted)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
-    options = replace(options, head=_checked_head(head, clip))
+    if (found := head.opened()) is not None:
+        found.check(clip, head.path)
+        own = ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(head.path)))
+        options = replace(options, head=own)
     make_folder(out, "--output")
-    store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding.settings())
+    store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding)
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
     source = provenance(model, clip, store.fingerprint, encoding.precision, suite)
     if options.head:
         source |= {"head": {"path": head.path, "sha256": options.head.sha256}}
-    with claimed_by_first(out, encoding.settings()):
+    with claimed_by_first(out, encoding):
         run.evaluate(entries, download)
         if not distributed.rank_and_world()[0]:
             _write_reports(run.results, source, others)
-            _print_downloads(run.results.sets, {} if download else entries)
+            absent = [name for name in entries if run.results.sets[name]["status"] == "missing" and not download]
+            if count := sum(bool(entries[name].download) for name in absent):
+                stderr().print(f"{count} of the missing sets can be downloaded with --download")
             _raise_failures(run.results.sets, data_root)
-
-
-def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[str, SuiteEntry]) -> None:
-    missing = [name for name, entry in entries.items() if found[name]["status"] == "missing" and entry.download]
-    if missing:
-        stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
-
-
-def _checked_head(head: ClassOptions, clip: CLIP) -> ClassHead | None:
-    found = head.opened()
-    if found is None:
-        return None
-    found.check(clip, head.path)
-    return ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(head.path)))
-
-
-def _with_head(entries: Mapping[str, SuiteEntry]) -> dict[str, SuiteEntry]:
-    """Return the sets, with a head's task added to sets with classes."""
-    return {
-        name: replace(entry, tasks=[*tasks, "head"])
-        if "zero_shot" in (tasks := entry.tasks or []) and "head" not in tasks
-        else entry
-        for name, entry in entries.items()
-    }
 
 
 def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
@@ -182,7 +108,7 @@ def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str
     written, runs = results.write({**source, **compared}), {name: run.results for name, run in others.items()}
     write_report(written, folder, runs, groups, differences)
     write_tables(written, folder, runs, groups)
-    write_tensorboard(written, runs, folder)
+    write_tensorboard(written, folder)
     print_results(written)
     stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}")
 
@@ -190,7 +116,10 @@ def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str
 def _chosen(
     entries: dict[str, SuiteEntry], names: Sequence[str] | None, tasks: Sequence[Task]
 ) -> dict[str, SuiteEntry]:
-    """Return the named sets that have one of the tasks."""
+    """Return the named sets that have one of the tasks; a head's task is one of every set with classes."""
+    for name, entry in entries.items() if "head" in tasks else ():
+        if "zero_shot" in (entry.tasks or ()) and "head" not in (entry.tasks or ()):
+            entries[name] = replace(entry, tasks=[*(entry.tasks or ()), "head"])
     unknown = [name for name in names or [] if name not in entries]
     require(not unknown, f"--sets: no {', '.join(unknown)} in the suite; there are {', '.join(entries)}")
     named = {name: entry for name, entry in entries.items() if not names or name in names}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.errors import InputError, require
@@ -20,10 +20,9 @@ from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import ExportSample, Parity, check_onnx_packages, parity_of, write_onnx
-from lit_clip.weights.formats import FORMATS, FormatName
+from lit_clip.weights.formats import FORMATS, FormatName, OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
-from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
 from lit_clip.weights.push import find_repository, upload
 
 TALKATIVE = ("", "torch.onnx", "onnxscript", "transformers")  # loggers of what only these libraries can act on
@@ -62,7 +61,8 @@ def export(
     classes = head.opened()
     if format in ("onnx", "immich"):
         check_onnx_packages()
-    check_free(folder)
+    require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; name a folder")
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
     require(push is not None or not private, "--private: belongs to --push org/name")
     repository = find_repository(push, private) if push is not None else None
     console = Console(soft_wrap=True)
@@ -93,7 +93,6 @@ def export(
 
 
 def _left_out(model: CLIP, format: FormatName) -> Iterator[str]:
-    """Yield notes on what the other program ignores in a model's folder."""
     if (window := model.preprocessing.window) is not None:
         reopened = format in ("open_clip", "hugging_face")
         reads = "; lit-clip reads the window from the folder" if reopened else ""
@@ -137,25 +136,18 @@ def write_checked(
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason}){instead}") from error
     advance(1)
     parity, tolerance = parity_of(original, sample, reading, head), tolerance_of(format, dtype)
-    for name, difference in (("image", parity.image), ("text", parity.text)):
-        problem = f"{name} features differ by {difference:.1e} from the original's, more than {tolerance:.0e}"
-        require(difference <= tolerance, f"{format}: {problem}; nothing was written")
-    problem = f"the head's probabilities differ by {parity.head or 0:.1e}, more than {tolerance:.0e}"
-    smaller = dtype != "float32"  # its probabilities follow the features, as far as those go
-    require(smaller or (parity.head or 0) <= tolerance, f"{format}: {problem}; nothing was written")
-    same, levels = parity.tokens is not False, 0.0 if parity.pixels is None else parity.pixels
-    require(same, f"{format}: its tokenizer gives other token ids than the model's; nothing was written")
-    problem = f"its preprocessing differs from the model's by {levels:.1f} of 255 levels; nothing was written{instead}"
-    require(levels <= 1.001, f"{format}: {problem}")
+    head_differs, levels, more = parity.head or 0.0, parity.pixels or 0.0, f"more than {tolerance:.0e}"
+    smaller = dtype != "float32"  # a head's probabilities follow the features, as far as those go
+    checks = {
+        f"image features differ by {parity.image:.1e} from the original's, {more}": parity.image <= tolerance,
+        f"text features differ by {parity.text:.1e} from the original's, {more}": parity.text <= tolerance,
+        f"the head's probabilities differ by {head_differs:.1e}, {more}": smaller or head_differs <= tolerance,
+        "its tokenizer gives other token ids than the model's": parity.tokens is not False,
+        f"its preprocessing differs from the model's by {levels:.1f} of 255 levels": levels <= 1.001,
+    }
+    for problem, holds in checks.items():
+        require(holds, f"{format}: {problem}; nothing was written{instead}")
     return parity
-
-
-def check_free(folder: Path) -> None:
-    """Raise :class:`InputError` unless the folder is empty or can be made."""
-    if folder.is_dir():
-        require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
-    else:
-        require(not folder.exists(), f"{folder}: is a file; name a folder")
 
 
 def source_of(model: str) -> ExportedSource:
@@ -174,9 +166,8 @@ def source_of(model: str) -> ExportedSource:
 
 
 def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table:
-    table = Table("", title=f"{format} in {dtype}: largest difference from the original")
-    for column in ("difference", "tolerance"):
-        table.add_column(column, justify="right")
+    columns = (Column(name, justify="right") for name in ("difference", "tolerance"))
+    table = Table("", *columns, title=f"{format} in {dtype}: largest difference from the original")
     tolerance = tolerance_of(format, dtype)
     table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
     table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_clip.approximate.approximate_index import SUFFIX, add_to_index, check_alike
-from lit_clip.approximate.faiss_files import write_faiss
+from lit_clip.approximate.approximate_index import SUFFIX, add_to_index, check_alike, write_faiss
 from lit_clip.embedding.feature_files import check_output, read_features
 from lit_clip.errors import require
 from lit_clip.tools.claims import claimed

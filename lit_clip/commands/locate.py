@@ -10,17 +10,17 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip import load_model
 from lit_clip.commands.class_output import json_text
-from lit_clip.embedding.encoding_task import check_complete, report_skipped
+from lit_clip.embedding.encode import check_complete, report_skipped
 from lit_clip.embedding.image_files import ImageFile, find_images
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, require
-from lit_clip.locating.locator import FALSE_ALARMS, Locator, other_texts
-from lit_clip.locating.overlay import Scale, overlay
-from lit_clip.locating.regions import Region, resized_mask
+from lit_clip.locating.locator import FALSE_ALARMS, Locator
+from lit_clip.locating.overlay import overlays
+from lit_clip.locating.regions import resized_mask
 from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
@@ -69,7 +69,11 @@ def locate(
         on_error: error ends the run at an image that cannot be read; skip lists it in a file.
     """
     _check_texts(texts)
-    others = _background(background, texts) if background else None
+    others = None
+    if background:
+        lines = read_text(Path(background), "--background").splitlines()
+        others = [" ".join(line.split()) for line in lines if line.strip()]
+        require(bool(others), f"--background {background}: the file is empty; write one text per line")
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"--output {folder}: is a file; name a folder")
     files = _outside(find_images([images], on_error), images, folder)
@@ -90,16 +94,6 @@ def _check_texts(texts: Sequence[str]) -> None:
         require(not named, f"{text}: is a file, and would be found as a text; several images go in a folder")
     for text, count in Counter(" ".join(each.casefold().split()) for each in texts).items():
         require(count == 1, f"{text!r}: typed more than once; a place belongs to one text, type each once")
-
-
-def _background(name: str, texts: Sequence[str]) -> list[str]:
-    lines = [" ".join(line.split()) for line in read_text(Path(name), "--background").splitlines() if line.strip()]
-    require(bool(lines), f"--background {name}: the file is empty; write one text per line")
-    others = other_texts(lines, texts)
-    if len(others) < len(lines):
-        repeated = f"{len(lines) - len(others)} of {len(lines)} texts repeat another or one to find; they do not count"
-        stderr().print(f"--background {name}: {repeated}")
-    return lines
 
 
 def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFile]:
@@ -152,43 +146,31 @@ class Answers:
             require(self.on_error == "skip", or_skip(str(error), "--on_error skip"))
             self.unreadable.append(UnreadableRow(row, error.reason, str(error)))
             return
-        located = self.locator(image)
-        scale = Scale.around(located.level, max(region.cosine for region in located.regions))
-        drawn = [
-            overlay(image, cosines, scale, region.cosine, region.box(image.size))
-            for cosines, region in zip(located.maps, located.regions, strict=True)
-        ]
-        rows = [
-            self._row(file.key, image, text, region)
-            for text, region in zip(self.locator.texts, located.regions, strict=True)
-        ]
-        for each, picture, region in zip(rows, drawn, located.regions, strict=True):
-            _save(picture, self.folder / each["overlay"])
+        located, found = self.locator(image), list[tuple[dict[str, Any], str]]()
+        pictures = overlays(image, located)
+        for text, region, picture in zip(self.locator.texts, located.regions, pictures, strict=True):
+            stem = file_stem(file.key, text)
+            facts: dict[str, Any] = {
+                "image": file.key,
+                "text": text,
+                "seen": region.seen,
+                "cosine": round(region.cosine, 6),
+                "margin": round(region.margin, 6),
+                "peak": region.point(image.size),
+                "box": region.box(image.size),
+                "size": list(image.size),
+                "overlay": f"{stem}.png",
+                "mask": f"{stem}.mask.png" if region.seen else None,
+            }
+            _save(picture, self.folder / facts["overlay"])
             if region.seen:
-                _save(Image.fromarray(resized_mask(region.mask, image.size)), self.folder / each["mask"])
-        self.rows += rows
+                _save(Image.fromarray(resized_mask(region.mask, image.size)), self.folder / facts["mask"])
+            found.append((facts, thumbnail(picture, THUMBNAIL) if len(self.shown) < SHOWN else ""))
+        self.rows += [facts for facts, _ in found]
         if len(self.shown) < SHOWN:
-            pictures = [thumbnail(picture, THUMBNAIL) for picture in drawn]
-            level = f"{located.level:.3f}"
-            self.shown.append({"key": file.key, "level": level, "texts": list(zip(rows, pictures, strict=True))})
-
-    def _row(self, key: str, image: Image.Image, text: str, region: Region) -> dict[str, Any]:
-        stem = file_stem(key, text)
-        return {
-            "image": key,
-            "text": text,
-            "seen": region.seen,
-            "cosine": round(region.cosine, 6),
-            "margin": round(region.margin, 6),
-            "peak": region.point(image.size),
-            "box": region.box(image.size),
-            "size": list(image.size),
-            "overlay": f"{stem}.png",
-            "mask": f"{stem}.mask.png" if region.seen else None,
-        }
+            self.shown.append({"key": file.key, "level": f"{located.level:.3f}", "texts": found})
 
     def _remove_earlier(self) -> None:
-        """Remove heat maps and masks of earlier runs that this run did not write."""
         written = {row[kind] for row in self.rows for kind in KINDS}
         for path in self.folder.glob("*.png"):
             if path.name not in written and NAME.fullmatch(path.name) and png_program(path) == PROGRAM:
@@ -202,9 +184,7 @@ class Answers:
 
     def table(self) -> Table:
         """Return the results as a table for the terminal."""
-        table = Table("image", "text", "box")
-        for name in ("cosine", "margin"):
-            table.add_column(name, justify="right")
+        table = Table("image", "text", "box", *(Column(name, justify="right") for name in ("cosine", "margin")))
         for row in self.rows:
             box = ", ".join(map(str, row["box"])) if row["seen"] else "not seen"
             numbers = f"{row['cosine']:.3f}", f"{row['margin']:+.3f}"

@@ -3,7 +3,7 @@
 from fnmatch import fnmatch
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip.errors import require
 from lit_clip.models.flops import measure
@@ -29,29 +29,20 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
         names = [f"{model}:{tag}" for model, tag in open_clip.list_pretrained()]
     else:
         names = list_models()
-    names = [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
+    wanted = [f"*{pattern.lower()}*" for pattern in patterns or [""]]
+    names = [name for name in names if any(fnmatch(name.lower(), pattern) for pattern in wanted)]
     require(bool(names), f"no {'weights' if pretrained else 'model'} named {' or '.join(patterns)}")
     console = Console(file_width=120)
     if pretrained:
         for name in names:
             console.print(name, soft_wrap=True)
         return
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        caption="M: millions of parameters; a multiply-add counts as two FLOPs",
-    )
-    table.add_column("model", overflow="fold")
-    columns = "image\nM|text\nM|total\nM|pixels|tokens|embed\ndim|image\nGFLOPs|text\nGFLOPs"
-    for column in columns.split("|"):
-        table.add_column(column, justify="right", no_wrap=True)
+    titles = ["image\nM", "text\nM", "total\nM", "pixels", "tokens", "embed\ndim", "image\nGFLOPs", "text\nGFLOPs"]
+    columns = Column("model", overflow="fold"), *(Column(title, justify="right", no_wrap=True) for title in titles)
+    caption = "M: millions of parameters; a multiply-add counts as two FLOPs"
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=caption)
     with progress("models", len(names)) as advance:
         for name in names:
             table.add_row(name, *measure(resolve_architecture(name)).cells())
             advance(1)
     console.print(table)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether the name contains the pattern, ignoring case."""
-    return fnmatch(name.lower(), f"*{pattern.lower()}*")

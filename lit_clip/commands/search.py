@@ -1,19 +1,20 @@
 """``lit-clip search``: find the images of a folder, or rows of a feature file, that best match a query."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined, nearest, update_index
@@ -30,7 +31,7 @@ from lit_clip.weights.fingerprint import fingerprint
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 # Rooms that need not be there: what opens an index, by its suffix, and what draws where an image fits a query.
 INDICES = {".usearch": "lit_clip.approximate"}
-HEAT_MAPS = ["lit_clip.locating.heat_maps"]
+HEAT_MAPS = ["lit_clip.locating.overlay"]
 FEATURE_FILES = (".parquet", ".npy", *INDICES)
 THUMBNAIL = 256  # pixels of the longer side
 EXPLAINED = 10  # images of each query of which the page shows where they fit it: each is encoded once more
@@ -42,16 +43,8 @@ class Searched(NamedTuple):
     """Images or rows of a feature file to search."""
 
     names: Sequence[str]  # of N rows, to be shown
-    features: Any  # float32 [N, D], of unit length, or an index of them
+    nearest: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, D], k -> cosines and rows [Q, k]
     files: Sequence[Path | None]  # each row's image, if it is a file
-
-    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the highest cosines with queries ``[Q, D]``, and their rows."""
-        return (
-            nearest(self.features, queries, k)
-            if isinstance(self.features, np.ndarray)
-            else self.features.nearest(queries, k)
-        )
 
 
 def search(
@@ -88,7 +81,6 @@ def search(
     """
     _check_queries(queries, image or [], text_weight)  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     check_precision(encoding.precision)
     page, path = page_path("sheet", sheet), Path(images)
     stored = holds_features(path, index, encoding.precision)
@@ -103,13 +95,13 @@ def search(
         hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
         for title, each in zip(titles, hits, strict=True):
             _print_hits(title, searched, each)
-        replaced = " (replaces the one before)" if page.exists() else ""
         write_sheet(page, searched, dict(zip(titles, hits, strict=True)), clip, vectors)
-    stderr().print(f"page with images: {page}{replaced}")
+    stderr().print(f"page with images: {page}")
 
 
 def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
     """Return whether the path is a feature file or index, not a folder; options for encoding are then refused."""
+    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     kinds = " or ".join(FEATURE_FILES)
     require(stored or not path.is_file(), f"{path}: cannot be searched; name a folder of images, or a {kinds} file")
@@ -122,7 +114,6 @@ def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
 def _titled_queries(
     model: CLIP, texts: Sequence[str], images: Sequence[str], text_weight: float | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return the titles and unit features ``[Q, D]`` of the queries."""
     titles, vectors = [*texts, *(f"like {path}" for path in images)], encode_queries(model, texts, images)
     if text_weight is None:
         return titles, vectors
@@ -153,7 +144,7 @@ def search_in(
     """Return a folder's images to search; encode images that its index lacks."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
-    return Searched(keys, table.features, [folder / key for key in keys])
+    return Searched(keys, partial(nearest, table.features), [folder / key for key in keys])
 
 
 def read_searched(path: Path, model: CLIP) -> Searched:
@@ -168,7 +159,7 @@ def read_searched(path: Path, model: CLIP) -> Searched:
         files += [None if root is None else Path(root, image) for image in stored.images or stored.keys]
         captions = zip(stored.keys, stored.captions, strict=True) if stored.captions else ()
         names += [f"{key}: {caption}" for key, caption in captions] or stored.keys
-    return Searched(names, index or tables[0].features, files)
+    return Searched(names, index.nearest if index else partial(nearest, tables[0].features), files)
 
 
 def _check_model(path: Path, stored: StoredFeatures, model: CLIP) -> None:
@@ -199,10 +190,8 @@ def encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> 
 
 
 def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
-    table = Table(title=Text(title))
-    table.add_column("", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("image", overflow="fold")
+    numbers = (Column(name, justify="right") for name in ("", "score"))
+    table = Table(*numbers, Column("image", overflow="fold"), title=Text(title))
     for rank, (row, score) in enumerate(hits, start=1):
         table.add_row(str(rank), f"{score:.4f}", Text(searched.names[row]))
     Console().print(table)
@@ -218,9 +207,8 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
             drawn = explain(vector, files[:EXPLAINED]) if explain else {}
             why = {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
             for rank, ((row, score), file) in enumerate(zip(hits, files, strict=True), start=1):
-                image = None if file is None else small_image(file, THUMBNAIL)
                 caption = f"{rank}. {searched.names[row]} ({score:.4f})"
-                shown[query].append(("" if image is None else thumbnail(image, THUMBNAIL), caption, why.get(file, "")))
+                shown[query].append((small_thumbnail(file, THUMBNAIL), caption, why.get(file, "")))
                 advance(1)
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
@@ -231,3 +219,9 @@ def small_image(path: Path, size: int) -> Image.Image | None:
         return upright(open_image(path), size)
     except ValueError:  # a key need not be a path
         return None
+
+
+def small_thumbnail(path: Path | None, size: int) -> str:
+    """Return :func:`small_image` as a data URI; empty if there is none."""
+    image = path and small_image(path, size)
+    return thumbnail(image, size) if image else ""

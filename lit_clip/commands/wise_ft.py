@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
-from lit_clip.embedding.precision import Precision, autocast, check_precision
+from lit_clip.embedding.encode import Encoding
+from lit_clip.embedding.feature_files import check_output
+from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import encoded_batches, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
@@ -20,6 +22,7 @@ from lit_clip.models.config import differences
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
+from lit_clip.tools.images import or_skip
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import naming
@@ -29,6 +32,7 @@ from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 
 Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
+ENCODING = Encoding()
 
 
 class InterpolatedModels:
@@ -56,14 +60,12 @@ def wise_ft(
     before: str,
     after: str,
     *,
-    sets: dict[str, ZeroShotSet] | str,
+    sets: str,
     output: str | None = None,
     alphas: str = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
     target: str | None = None,
     alpha: float | None = None,
-    batch_size: int = 64,
-    num_workers: int = 2,
-    precision: Precision = "32-true",
+    encoding: Encoding = ENCODING,
 ) -> None:
     """Evaluate the models between a checkpoint and its fine-tuned version, and write the best one.
 
@@ -73,32 +75,25 @@ def wise_ft(
     Args:
         before: the model before fine-tuning: anything that lit_clip.load_model opens.
         after: the fine-tuned checkpoint.
-        sets: a YAML file of sets by name, in the format of the callback ZeroShot; or that mapping.
+        sets: a YAML file of sets by name, in the format of the callback ZeroShot.
         output: the checkpoint to write the chosen model to.
         alphas: points between before (0) and after (1), separated by commas.
         target: the set that the model was fine-tuned for; the first one by default.
         alpha: choose this point instead of the best.
-        batch_size: images encoded at once.
-        num_workers: processes that read images.
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster. Weights are
-            interpolated and written in float32.
+        encoding: how images are read and encoded. Weights are interpolated and written in float32.
     """
-    wanted = _read_alphas(alphas, alpha)
-    found = read_sets(sets) if isinstance(sets, str) else sets
+    wanted, found = _read_alphas(alphas, alpha), read_sets(sets)
     require(bool(found), "--sets: empty; give at least one set")
     target = target or next(iter(found))
     require(target in found, f"--target {target}: no such set; there are {', '.join(found)}")
     path = Path(output) if output else None
-    require(path is None or path.absolute().parent.is_dir(), f"--output {path}: there is no such folder")
-    require(path is None or path.suffix == ".ckpt", f"--output {path}: must be a .ckpt file")
-    require(path is None or not path.is_dir(), f"--output {path}: is a folder; name a file")
-    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
-    require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
-    check_precision(precision)
+    if path:
+        check_output(path, [".ckpt"])
+    check_precision(encoding.precision)
     device = best_device()
     with claimed(path):
         line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
-        results = evaluate_line(line, found, wanted, batch_size, num_workers, precision)
+        results = evaluate_line(line, found, wanted, encoding)
         chosen = best_alpha(results, target) if alpha is None else alpha
         _print(results, target, chosen, by_rule=alpha is None)
         if path is not None:
@@ -131,12 +126,7 @@ def read_sets(path: str) -> dict[str, ZeroShotSet]:
 
 @torch.inference_mode()
 def evaluate_line(
-    line: InterpolatedModels,
-    sets: dict[str, ZeroShotSet],
-    alphas: list[float],
-    batch_size: int = 64,
-    num_workers: int = 0,
-    precision: Precision = "32-true",
+    line: InterpolatedModels, sets: dict[str, ZeroShotSet], alphas: list[float], encoding: Encoding = ENCODING
 ) -> Results:
     """Compute the zero-shot top-1 of each set at each alpha, in one pass over the images.
 
@@ -146,7 +136,8 @@ def evaluate_line(
 
     def encode(images: Tensor) -> Tensor:
         """Encode uint8 ``[B, 3, H, W]`` at each alpha -> ``[B, A, D]``, of unit length."""
-        return torch.stack([image_features(line.at(a, only="visual."), precision)(images) for a in alphas], dim=1)
+        ends = (line.at(a, only="visual.") for a in alphas)
+        return torch.stack([image_features(end, encoding.precision)(images) for end in ends], dim=1)
 
     results: Results = {}
     for name, zero_shot_set in sets.items():
@@ -154,15 +145,15 @@ def evaluate_line(
         assert not isinstance(templates, str)  # __post_init__ has replaced it
         classifiers: dict[float, Tensor] = {}  # [D, C]
         for a in alphas:
-            with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
+            with autocast(model.device, encoding.precision):  # one for each alpha: it may keep its casts of the weights
                 classifiers[a] = zero_shot_classifier(line.at(a), images.class_names, templates)
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
-        batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)
-        for batch, features in batches:
+        settings = encoding.batch_size, encoding.workers
+        for batch, features in encoded_batches(model, SetRows(images), *settings, encode=encode, title=name):
             for bad in batch.unreadable:
-                raise InputError(f"{name}: {bad.message}")
-            for a, features_a in zip(alphas, features.unbind(dim=1), strict=True):
+                require(encoding.on_error == "skip", or_skip(f"{name}: {bad.message}", "--on_error skip"))
+            for a, features_a in zip(alphas, features.unbind(dim=1) if batch.rows else (), strict=bool(batch.rows)):
                 logits = features_a @ classifiers[a].to(features_a)
                 counts[a] += classification_counts(logits.cpu(), labels[batch.rows])
         results[name] = {a: accuracies(count)["top1"] for a, count in counts.items()}
@@ -181,9 +172,9 @@ def best_alpha(results: Results, target: str) -> float:
 
 
 def _print(results: Results, target: str, chosen: float, by_rule: bool) -> None:
-    table, held_out = Table(title="Zero-shot top-1, %"), [name for name in results if name != target]
-    for column in ("alpha", f"{target} (target)", *(f"{name} (held out)" for name in held_out), "mean"):
-        table.add_column(column, justify="right")
+    held_out = [name for name in results if name != target]
+    columns = ("alpha", f"{target} (target)", *(f"{name} (held out)" for name in held_out), "mean")
+    table = Table(*(Column(column, justify="right") for column in columns), title="Zero-shot top-1, %")
     for alpha in results[target]:
         values = [*(results[name][alpha] for name in (target, *held_out)), _score(results, target, alpha)]
         cells = (f"{100 * value:.2f}" for value in values)

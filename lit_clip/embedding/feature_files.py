@@ -55,10 +55,10 @@ def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> F
     return FeatureTable(present, rows)
 
 
-def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy")) -> None:
+def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy"), option: str = "--output") -> None:
     """Raise :class:`InputError` unless a file with one of these suffixes can be written there."""
-    require(path.suffix in suffixes, f"--output {path}: must be a {' or '.join(suffixes)} file")
-    require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
+    require(path.suffix in suffixes, f"{option} {path}: must be a {' or '.join(suffixes)} file")
+    require(path.absolute().parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:
@@ -84,9 +84,10 @@ def write_features(
     ``feature`` (D float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata, the
     SHA-256 of its numbers and the lists ``keys``, ``captions`` and ``images`` are beside it, in ``<name>.keys.json``.
     """
+    given = {"key": keys, "caption": captions, "image": images}
+    lists = {name: list(texts) for name, texts in given.items() if texts is not None}
     if path.suffix == ".npy":
-        given = {"keys": keys, "captions": captions, "images": images}
-        listed = {name: list(texts) for name, texts in given.items() if texts is not None}
+        listed = {f"{name}s": texts for name, texts in lists.items()}
         digest = sha256(np.ascontiguousarray(features).data).hexdigest()
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:
             names.write_text(json.dumps({**metadata, DIGEST: digest, **listed}, indent=0), encoding="utf-8")
@@ -97,8 +98,7 @@ def write_features(
     import pyarrow.parquet as pq
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    given = {"key": keys, "caption": captions, "image": images}
-    columns = {name: pa.array(list(texts), type=pa.string()) for name, texts in given.items() if texts is not None}
+    columns = {name: pa.array(texts, type=pa.string()) for name, texts in lists.items()}
     table = pa.table({**columns, "feature": column}).replace_schema_metadata(dict(metadata))
     with replacing(path) as temporary:
         pq.write_table(table, temporary)

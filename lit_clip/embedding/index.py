@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encoding_task import EncodingSettings, image_task, report_skipped
+from lit_clip.embedding.encode import EncodingSettings, features_of, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, Identity
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
@@ -42,8 +42,7 @@ def update_index(
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
-    kinds = " both kinds" if both_kinds else ""
-    name = f"{fingerprint(model).image} {settings.precision}{kinds}"
+    name = f"{fingerprint(model).image} {settings.precision}{' both kinds' if both_kinds else ''}"
     wanted = {file.identity for file in files}
     old = load_arrays(path, name, FeatureTable.of)
     if not _complete(old, wanted) and path.name in KEPT_BESIDE and not os.access(path.parent, os.W_OK):
@@ -53,7 +52,22 @@ def update_index(
         return old
     with claimed(path, option=""):
         old = load_arrays(path, name, FeatureTable.of) or old  # another process may have written it meanwhile
-        return _updated(model, files, path, settings, name, old, both_kinds)
+        if old is None and path.exists():
+            require(
+                not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file"
+            )
+            stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
+        missing = wanted.difference(old.identities if old else ())
+        stderr().print(f"index {path}: {len(missing):,} of {len(files):,} images are new or changed")
+        kind = features_of_both_kinds if both_kinds else image_features
+        task, parts = image_task(model, FileRows(files), [file.identity for file in files], kind), Parts(path, name)
+        table = features_of(model, task, parts, settings, old)
+        assert table is not None  # one process
+        save_arrays(path, name, table.arrays())
+        keys = [file.key for file in files]
+        report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        parts.remove()
+        return table
 
 
 def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
@@ -61,46 +75,11 @@ def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
 
 
 def _in_cache(path: Path) -> Path:
-    """Return the cache path for the index of a read-only folder, and print it."""
     place = path.resolve()
     kept = default_cache_dir() / "search" / f"{place.parent.name}-{hex_digest([str(place)])[:20]}.npz"
     make_folder(kept.parent)
     stderr().print(f"{path.parent} cannot be written to: features of its images are kept in {kept}")
     return kept
-
-
-def _updated(
-    model: CLIP,
-    files: Sequence[ImageFile],
-    path: Path,
-    settings: EncodingSettings,
-    name: str,
-    old: FeatureTable | None,
-    both_kinds: bool,
-) -> FeatureTable:
-    """Write an index of all images; ``old`` has the features of some of them, if any."""
-    if old is None and path.exists():
-        require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
-        stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
-    known = set(old.identities) if old else set()
-    keys = {key for key, _, _ in known}
-    missing = [file for file in files if file.identity not in known]
-    changed = sum(file.key in keys for file in missing)
-    gone = len(keys - {file.key for file in files})
-    from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
-
-    note = f"index {path}: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
-    stderr().print(f"{note}, {changed} changed, {gone} gone")
-    kind = features_of_both_kinds if both_kinds else image_features
-    task = image_task(model, FileRows(files), [file.identity for file in files], kind)
-    parts = Parts(path, name)
-    table = features_of(model, task, parts, settings, old)
-    assert table is not None  # one process
-    save_arrays(path, name, table.arrays())
-    keys_of_files = [file.key for file in files]
-    report_skipped(keys_of_files, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    return table
 
 
 def _holds_other_arrays(path: Path) -> bool:

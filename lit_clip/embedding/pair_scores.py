@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import compute
-from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, remaining
+from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
 from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,
@@ -70,8 +69,6 @@ class _Note(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """The distinct captions of a batch."""
-
     tokens: Tensor  # int64 [T, L]
     of_pair: Tensor  # number of each pair's caption, int64 [P]
     of_image: Tensor  # number of captions of each image, int64 [N]
@@ -141,7 +138,6 @@ def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSe
 
 
 def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
-    """Yield the named columns of each part, by default all."""
     schema = pa.schema([SCORES.field(name) for name in names or SCORES.names])
 
     def read(arrays: Arrays) -> pa.Table:

@@ -43,7 +43,6 @@ def load_arrays(path: Path, settings: str, make: Callable[[dict[str, np.ndarray]
 
 
 def _digest(arrays: Arrays) -> str:
-    """Hash arrays with their names, types and shapes."""
     parts = ((name, str(array.dtype), array.shape, array.tobytes()) for name, array in sorted(arrays.items()))
     return hex_digest(part for each in parts for part in each)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionChoices, Choice
 from lit_clip.evaluation.intervals import UnitScores, intervals
-from lit_clip.evaluation.prompts import Prompts, templates_of
+from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.scores import METRICS
 
 MACRO = "macro_text_score"
@@ -39,14 +39,13 @@ def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Cho
 
 
 def encode_choices(
-    images: CaptionChoices, rows: Sequence[int], templates: str | list[str] | None, encode: Callable[[Prompts], Tensor]
+    images: CaptionChoices, rows: Sequence[int], template: str, encode: Callable[[Prompts], Tensor]
 ) -> EncodedChoices:
     """Encode each distinct caption of a set's questions once; ``encode`` returns the classifier of prompts."""
-    choices, template = readable_choices(images.choices(), rows), templates_of(templates or "{}")[0]
-    captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
-    features = encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
-    number = {caption: row for row, caption in enumerate(captions)}
-    return EncodedChoices(choices, number, features.numpy())
+    choices = readable_choices(images.choices(), rows)
+    captions = dict.fromkeys(caption for choice in choices for caption in choice.captions)
+    features = encode(Prompts.of(template.replace("{}", caption) for caption in captions)).T
+    return EncodedChoices(choices, {caption: row for row, caption in enumerate(captions)}, features.numpy())
 
 
 def evaluate_choices(metric: str, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:

@@ -46,20 +46,12 @@ class HeadFit:
 
 
 def fit_head(
-    features: Tensor,
-    zero_shot: Tensor,
-    labels: Tensor,
-    seed: int = 0,
-    advance: Advance | None = None,
+    features: Tensor, zero_shot: Tensor, labels: Tensor, seed: int = 0, advance: Advance | None = None
 ) -> HeadFit:
-    """Fit a head by solving up to ``MOST_FITS`` convex problems.
+    """Fit a head by solving up to ``MOST_FITS`` convex problems on the device of the features, float ``[N, W]``.
 
-    Args:
-        features: float ``[N, W]``, whose device is used.
-        zero_shot: logits ``[N, C]`` of the model.
-        labels: int64 ``[N]``; or relevance, int8 ``[N, C]``, for images with several classes.
-        seed: of the folds.
-        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
+    ``zero_shot`` are the model's logits ``[N, C]``, ``labels`` int64 ``[N]``; or relevance, int8 ``[N, C]``, for images
+    with several classes.
     """
     classes, zero_shot, labels = zero_shot.shape[1], zero_shot.to(features), labels.to(features.device)
     judged = _judged(labels, classes)

@@ -182,15 +182,10 @@ def compute(built: Mapping[str, "Metric"]) -> Computed:
 
 
 def evaluate_metrics(metrics: Metrics, parts: Iterable[Tensor], target: Tensor, classes: int) -> Computed:
-    """Compute the metrics of a set of C ``classes``.
+    """Compute metrics from the probabilities ``[B, C]`` of one part of the images after the other.
 
-    Probabilities that are not finite give a NaN for each metric: torchmetrics would take them for logits.
-
-    Args:
-        metrics: what to compute.
-        parts: probabilities ``[B, C]`` of one part of the images after the other.
-        target: labels ``[N]`` or relevance ``[N, C]``, where -1 is not counted.
-        classes: C.
+    ``target`` are labels ``[N]`` or relevance ``[N, C]``, where -1 is not counted. Probabilities that are not finite
+    give a NaN for each metric: torchmetrics would take them for logits.
     """
     built, start = build(metrics, classes, bool((target < 0).any())), 0
     for probability_BC in parts:

@@ -19,24 +19,25 @@ from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.class_head import MOST_FITS
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
-from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
 from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
 from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.other_classes import among
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
+    confusion_counts,
+    confusion_entries,
     in_parts,
     joined,
     predictions_entry,
     predictions_name,
     probability_columns,
+    write_confusions,
 )
-from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
+from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, among, train_probe
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.thresholds import thresholds_entry
@@ -110,20 +111,15 @@ def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) 
 
 def _head_logits(head: ClassHead, features: SetFeatures, names: Sequence[str]) -> Tensor:
     """Return a head's logits ``[N, C]``, in the class order of the set."""
-    own = {_plain(name): place for place, name in enumerate(head.names)}
-    lacking = [name for name in names if _plain(name) not in own]
-    more = sorted(own.keys() - set(map(_plain, names)))
-    if lacking or more:
-        differ = (
-            f"has no class {listed(lacking)}" if lacking else f"has the class {listed(more)}, which the set has not"
-        )
+    own = {name.casefold().replace("_", " "): place for place, name in enumerate(head.names)}
+    wanted = [name.casefold().replace("_", " ") for name in names]
+    if own.keys() != set(wanted):
+        lacking = [name for name, plain in zip(names, wanted, strict=True) if plain not in own]
+        more = f"has the class {listed(sorted(own.keys() - set(wanted)))}, which the set has not"
+        differ = f"has no class {listed(lacking)}" if lacking else more
         raise InputError(f"--head: {differ}; set class_names in the suite, or name the head's sets with --sets")
     logits = head.logits(torch.from_numpy(np.array(features.before)), embeddings(features))
-    return logits[:, [own[_plain(name)] for name in names]]
-
-
-def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ")
+    return logits[:, [own[name] for name in wanted]]
 
 
 def embeddings(features: SetFeatures) -> Tensor:
@@ -133,7 +129,9 @@ def embeddings(features: SetFeatures) -> Tensor:
 
 def all_targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
     """Return the truth about all images of a split, including those without features."""
-    return Targets.of(fold.images[split], None, _class_count(opened, fold, split))
+    of_another_set = fold.classes is not None and split != "test"
+    in_use = len(opened.prompts.names) if opened.prompts and not of_another_set else None  # may differ from the set's
+    return Targets.of(fold.images[split], None, in_use)
 
 
 def targets_of(opened: OpenSet, fold: Fold, split: str) -> Targets:
@@ -141,16 +139,11 @@ def targets_of(opened: OpenSet, fold: Fold, split: str) -> Targets:
     return all_targets(opened, fold, split).take(fold.features[split].rows)
 
 
-def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
-    """Return the number of class names in use, which may differ from the set's; None: the set's number."""
-    of_another_set = fold.classes is not None and split != "test"
-    return len(opened.prompts.names) if opened.prompts and not of_another_set else None
-
-
 def class_names(opened: OpenSet) -> list[str]:
     """Return the names of the classes, in label order."""
-    test = opened.folds[0].images["test"]
-    return opened.prompts.names if opened.prompts else test.class_names if isinstance(test, LabelledImages) else []
+    if opened.prompts:
+        return opened.prompts.names
+    return opened.test.class_names if isinstance(opened.test, LabelledImages) else []
 
 
 def logits_of(opened: OpenSet, fold: Fold, classifier: Tensor | None, split: str = "test") -> Tensor:
@@ -177,13 +170,6 @@ def check_set_metrics(targets: Targets, metrics: Mapping[str, Any]) -> None:
         check_metrics(metrics, _metric_target(targets), targets.classes)
 
 
-def _set_metrics(metrics: Mapping[str, Any], scores: ClassScores, targets: Targets) -> Computed:
-    if not metrics:
-        return Computed()
-    parts = in_parts(scores.probabilities, len(targets), targets.classes)
-    return evaluate_metrics(metrics, parts, _metric_target(targets), targets.classes)
-
-
 class _FoldResult(NamedTuple):
     """Results of a task on a fold; ``given`` has torchmetrics' numbers, and ``files`` its other results."""
 
@@ -202,9 +188,16 @@ def _folds(
     found = []
     for number, fold in enumerate(opened.folds):
         scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
-        given = _set_metrics(metrics, scores, targets)
+        given, files = Computed(), list[Path]()
+        if metrics:
+            parts = in_parts(scores.probabilities, len(targets), targets.classes)
+            given = evaluate_metrics(metrics, parts, _metric_target(targets), targets.classes)
+        if stem and given.arrays:
+            make_folder(stem.parent)
+            suffix = f"_fold_{number}" if len(opened.folds) > 1 else ""
+            paths = {name: stem.with_name(f"{stem.name}_{name}{suffix}") for name in given.arrays}
+            files = [write_array(path, given.arrays[name], class_names(opened)) for name, path in paths.items()]
         values = evaluate_scores(opened.entry.metric, scores.ranking, targets)
-        files = _write_arrays(stem, given, opened, number) if stem else []
         found.append(_FoldResult(fold, scores, targets, values, given.numbers, files))
     return found
 
@@ -214,15 +207,6 @@ def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, st
     folds = _folds(task, opened, options, options.metrics, stem)
     metrics = mean_over_folds([each.metrics for each in folds]) | mean_over_folds([each.given for each in folds])
     return Evaluation(metrics, baselines(opened.entry.metric, folds[0].targets))
-
-
-def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> list[Path]:
-    """Write the non-numeric results of a fold."""
-    suffix, names = f"_fold_{number}" if len(opened.folds) > 1 else "", class_names(opened)
-    if given.arrays:
-        make_folder(stem.parent)
-    paths = {name: stem.with_name(f"{stem.name}_{name}{suffix}") for name in given.arrays}
-    return [write_array(path, given.arrays[name], names) for name, path in paths.items()]
 
 
 def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[dict[str, Any], list[str]]:
@@ -246,8 +230,9 @@ def _columns(metric: str, folds: Sequence[_FoldResult], units: Sequence[Mapping[
     return joined(rows)
 
 
-def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path | None) -> dict[str, Any]:
     """Return the result of a task, averaged over folds, and save its predictions below ``folder``."""
+    assert folder is not None
     start, metric, names = time.monotonic(), opened.entry.metric, class_names(opened)
     stem = (folder / predictions_name(opened.name, task)).with_suffix("")
     metrics, notes = _allowed(options, opened, targets_of(opened, opened.folds[0], "test"))
@@ -276,8 +261,10 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
         result |= confusion_entries(columns["truth"], columns["prediction"], names)
         if task == "zero_shot":
             result["errors"] = _errors(opened, scores, targets, folder)
-    elif targets.relevance is not None:
-        result |= _thresholds(scores, targets, names)
+    elif targets.relevance is not None and bool((targets.relevance == 1).any()):
+        probability_NC = scores.probabilities(slice(None))
+        if bool(probability_NC.isfinite().all()):
+            result["thresholds"] = thresholds_entry(probability_NC, targets.relevance, names)
     if task == "linear_probe":
         probe: Probe = trained(task, opened, opened.folds[-1], options)
         seconds = round(time.monotonic() - start, 1)
@@ -287,23 +274,15 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
     return result | {"files": [path.relative_to(folder).as_posix() for path in files]}
 
 
-def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> dict[str, Any]:
-    """Return thresholds for images with several classes; empty without examples, or if a score is not finite."""
-    probability_NC, relevance_NC = scores.probabilities(slice(None)), targets.relevance
-    assert relevance_NC is not None
-    known = bool(probability_NC.isfinite().all()) and bool((relevance_NC == 1).any())
-    return {"thresholds": thresholds_entry(probability_NC, relevance_NC, names)} if known else {}
-
-
 def _errors(opened: OpenSet, scores: ClassScores, targets: Targets, folder: Path) -> list[dict[str, Any]]:
     """Return the most confidently misclassified images."""
-    names, test, features = class_names(opened), opened.folds[0].images["test"], opened.folds[0].features["test"]
+    names, test, rows = class_names(opened), opened.test, opened.rows
     prediction = predictions(scores.logits).cpu()
     wrong = ((prediction != targets.labels) & (prediction >= 0)).nonzero()[:, 0]
     probability = torch.cat([each.amax(dim=1) for each in in_parts(scores.probabilities, len(prediction), len(names))])
     errors = []
     for number in wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist():
-        row = features.rows[number]
+        row = rows[number]
         errors.append(
             {
                 "key": test.key(row),

@@ -1,5 +1,6 @@
 """Compare a run with other runs: image by image where both kept predictions, and over a recipe's seeds."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,14 @@ from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
 THIS_RUN = "this run"  # name of the run itself in tables and charts
-MEANS = {"pointing": "accuracy", "image_retrieval": "map@10", "document_retrieval": "ndcg@10"}  # compared by these
 NEAR_KM = 25  # the distance that geolocation is compared by
-Table = Mapping[str, np.ndarray]  # of a file of predictions
+METRICS = {  # that tasks are compared by, other than the set's own
+    "retrieval": ("image_to_text_recall@1", "text_to_image_recall@1"),
+    "geolocation": (f"within_{NEAR_KM}km",),
+    "pointing": ("accuracy",),
+    "image_retrieval": ("map@10",),
+    "document_retrieval": ("ndcg@10",),
+}
 
 
 class OtherRun(NamedTuple):
@@ -110,16 +116,9 @@ def paired_differences(
 
 def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the tasks that both runs have, with the metrics to compare."""
-    for task in tasks_of(entry):
-        if task in tasks_of(theirs):
-            if task in COLUMNS:
-                yield task, str(entry.get("metric") or "top1")
-            elif task == "retrieval":
-                yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))
-            elif task == "geolocation":
-                yield task, f"within_{NEAR_KM}km"
-            elif task in MEANS:
-                yield task, MEANS[task]
+    own = (str(entry.get("metric") or "top1"),)
+    for task in filter(tasks_of(theirs).__contains__, tasks_of(entry)):
+        yield from ((task, metric) for metric in (own if task in COLUMNS else METRICS.get(task, ())))
 
 
 class _Scores(NamedTuple):
@@ -158,7 +157,8 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         found = _Scores(*columns, judged=result.get("judged"))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(stale) from error
-    require(len(found.key) > 0 and known is not None and abs(_mean(found, metric) - known) < 1e-5, stale)
+    mean = fmean(fold.mean() for fold in _folds(found, metric)) if len(found.key) else math.nan
+    require(known is not None and abs(mean - known) < 1e-5, stale)
     return found
 
 
@@ -166,10 +166,6 @@ def _folds(scores: _Scores, metric: str) -> list[UnitScores]:
     classes = scores.truth if metric == "mean_per_class" else None
     of_fold = [scores.fold == fold for fold in np.unique(scores.fold)]
     return [UnitScores(scores.value[rows], None if classes is None else classes[rows]) for rows in of_fold]
-
-
-def _mean(scores: _Scores, metric: str) -> float:
-    return fmean(fold.mean() for fold in _folds(scores, metric))
 
 
 def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifference:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lit_clip.embedding.index import combined
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, Items, JudgedDocuments
+from lit_clip.errors import require
+from lit_clip.evaluation.data import Items, JudgedDocuments
 from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.prompts import Prompts, templates_of
+from lit_clip.evaluation.prompts import Prompts
 from lit_clip.retrieval.metrics import judged_ranks
 from lit_clip.tools.hardware import best_device
 
@@ -31,15 +31,10 @@ class EncodedDocuments(NamedTuple):
     rows: dict[str, int]
 
 
-def encode_documents(
-    images: ImageSet, templates: str | list[str] | None, encode: Callable[[Prompts], Tensor]
-) -> EncodedDocuments:
+def encode_documents(images: JudgedDocuments, template: str, encode: Callable[[Prompts], Tensor]) -> EncodedDocuments:
     """Encode each distinct text of queries and documents once; ``encode`` returns the classifier of prompts."""
-    if not isinstance(images, JudgedDocuments):
-        raise InputError(f"{type(images).__name__} has no queries and documents, which document_retrieval needs")
-    template = templates_of(templates or "{}")[0]
-    texts = list(dict.fromkeys(filter(None, [*images.queries.texts, *images.documents.texts])))
-    prompts = Prompts(texts, [[template.replace("{}", text)] for text in texts])
+    texts = dict.fromkeys(filter(None, [*images.queries.texts, *images.documents.texts]))
+    prompts = Prompts.of(template.replace("{}", text) for text in texts)
     features = encode(prompts).T.contiguous() if texts else torch.empty(0, 1)
     return EncodedDocuments(images, features, {text: row for row, text in enumerate(texts)})
 
@@ -49,11 +44,7 @@ def document_retrieval(
 ) -> dict[str, UnitScores]:
     """Search the documents for each query; return the queries' scores, in their order, by metric.
 
-    Args:
-        encoded: the set.
-        image_ID: unit features of its images that could be read.
-        rows: their rows in the set.
-        text_weight: of an item with both, see :func:`lit_clip.embedding.index.combined`.
+    ``image_ID`` are unit features of the images that could be read, ``rows`` their rows in the set.
     """
     images, place, device = encoded.images, {row: number for number, row in enumerate(rows)}, best_device()
 

@@ -9,13 +9,12 @@ import importlib
 import os
 import shutil
 import tarfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
@@ -23,9 +22,8 @@ from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task
 from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import size_in_bytes, stderr
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import checked_relative, guard_hub
 from lit_clip.tools.reading import first_line
-from lit_clip.tools.remote_names import checked_relative
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".gz")
 
@@ -43,29 +41,17 @@ class _Plan:
 
     root: Path
     names: list[str] = field(default_factory=list)
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    torchvision: list[dict[str, Any]] = field(default_factory=list)
+    hub: list[str] = field(default_factory=list)
     splits: set[str] = field(default_factory=set)  # subfolders wanted of a data set of the hub
     files: list[_HubFile] = field(default_factory=list)  # of the hub, which are missing
-
-    @property
-    def title(self) -> str:
-        return ", ".join(self.names)
 
     @property
     def stage(self) -> Path:
         return self.root.with_name(f".{self.root.name}.download")
 
-    @property
-    def of_torchvision(self) -> list[dict[str, Any]]:
-        return [source for source in self.sources if "torchvision" in source]
-
     def lacks(self, file: _HubFile) -> bool:
         return not (self.root / file.name).exists()
-
-    def size(self) -> int:
-        """Return the number of bytes of hub files still to be transferred."""
-        have = sum(path.stat().st_size for path in self.stage.rglob("*") if path.is_file())
-        return max(0, sum(file.size for file in self.files) - have)
 
 
 def download_missing(
@@ -80,24 +66,24 @@ def download_missing(
     plans: list[_Plan] = []
     for plan in _plans(entries, data_root, tasks):
         try:
-            plan.files = [file for source in plan.sources if "hub" in source for file in _of_hub(plan, source["hub"])]
-            plans += [plan] if plan.files or plan.of_torchvision else []
+            plan.files = [file for name in plan.hub for file in _of_hub(plan, name)]
+            plans += [plan] if plan.files or plan.torchvision else []
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
     if plans:
-        total = _amount(sum(map(_Plan.size, plans)), any(plan.of_torchvision for plan in plans))
-        lines = [f"  {plan.title}: {_amount(plan.size(), bool(plan.of_torchvision))}" for plan in plans]
-        stderr().print(f"downloading {total} into {data_root}:\n" + "\n".join(lines))
+        size = size_in_bytes(sum(file.size for plan in plans for file in plan.files))
+        more = " and files of unknown size" if any(plan.torchvision for plan in plans) else ""
+        names = ", ".join(name for plan in plans for name in plan.names)
+        stderr().print(f"downloading {size}{more} into {data_root}: {names}")
     for plan in plans:
         try:
-            free = shutil.disk_usage(data_root).free
-            sizes = f"{size_in_bytes(plan.size())} do not fit; {size_in_bytes(free)} are free"
-            require(plan.size() <= free, f"--data_root {data_root}: {sizes}")
-            with _alone(plan):
+            make_folder(plan.root.parent, "--data_root")
+            with FileLock(plan.stage.with_name(f"{plan.stage.name}.lock")) as lock:  # a killed process holds none
                 _download(plan)
+                Path(lock.lock_file).unlink(missing_ok=True)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
-            stderr().print(f"{plan.title}: {error}")
+            stderr().print(f"{', '.join(plan.names)}: {error}")
     return failed
 
 
@@ -106,15 +92,20 @@ def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection
     for name, entry in entries.items():
         used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
         splits = {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
-        if entry.download and _is_missing(entry, splits, data_root):
-            root = (data_root / entry.location).resolve()
-            unused = entry.splits.keys() - splits
-            sources = [each for each in entry.download if each.get("split") not in unused and not _is_there(each, root)]
-            if sources:
-                plan = plans.setdefault(root, _Plan(root))
-                plan.names.append(name)
-                plan.sources += [source for source in sources if source not in plan.sources]
-                plan.splits |= {str(entry.splits[split].get("split", split)) for split in splits}
+        if not entry.download or not _is_missing(entry, splits, data_root):
+            continue
+        plan = _Plan((data_root / entry.location).resolve())
+        for source in entry.download:
+            if "hub" in source:
+                plan.hub.append(source["hub"])
+            elif source.get("split") not in entry.splits.keys() - splits and not _is_there(source, plan.root):
+                plan.torchvision.append(source)
+        if plan.hub or plan.torchvision:
+            known = plans.setdefault(plan.root, plan)
+            known.names.append(name)
+            known.hub += [source for source in plan.hub if source not in known.hub]
+            known.torchvision += [source for source in plan.torchvision if source not in known.torchvision]
+            known.splits |= {str(entry.splits[split].get("split", split)) for split in splits}
     return list(plans.values())
 
 
@@ -132,8 +123,6 @@ def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bo
 
 def _is_there(source: Mapping[str, Any], root: Path) -> bool:
     """Return whether torchvision finds its set; if so, other files are missing, which it does not download."""
-    if "torchvision" not in source:
-        return False
     try:
         _torchvision_set(source, root)
     except Exception:  # torchvision's classes raise anything for missing files
@@ -166,37 +155,13 @@ def _of_hub(plan: _Plan, name: str) -> list[_HubFile]:
     return list(filter(plan.lacks, files))
 
 
-def _amount(size: int, more: bool) -> str:
-    """Format a number of bytes; torchvision does not tell the size of its files."""
-    if not more:
-        return size_in_bytes(size)
-    return f"{size_in_bytes(size)} and files of unknown size" if size else "unknown size"
-
-
-@contextmanager
-def _alone(plan: _Plan) -> Iterator[None]:
-    """Lock the folder after other processes have finished downloading into it; a killed process holds no lock."""
-    make_folder(plan.root.parent, "--data_root")
-    lock = FileLock(plan.stage.with_name(f"{plan.stage.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        stderr().print(f"{plan.title}: waiting for another process that downloads into {plan.root}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
 def _download(plan: _Plan) -> None:
     """Download the files missing now: another process may have been faster."""
     hub, unpacked = plan.stage / "hub", plan.stage / "torchvision"
     shutil.rmtree(unpacked, ignore_errors=True)  # torchvision takes what is half unpacked for the whole set
     try:
         _fetch(list(filter(plan.lacks, plan.files)), hub)
-        for source in plan.of_torchvision:
+        for source in plan.torchvision:
             if not _is_there(source, plan.root):
                 _unpack(source, unpacked)
         for folder in filter(Path.exists, (hub, unpacked)):
@@ -208,7 +173,7 @@ def _download(plan: _Plan) -> None:
         raise
     except Exception as error:  # of the network or the disk; a damaged archive can raise anything
         hint = "run the same command again to resume"
-        raise InputError(f"{plan.title}: cannot be downloaded ({first_line(error)}); {hint}") from error
+        raise InputError(f"{', '.join(plan.names)}: cannot be downloaded ({first_line(error)}); {hint}") from error
     shutil.rmtree(plan.stage, ignore_errors=True)
 
 

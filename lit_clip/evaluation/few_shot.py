@@ -8,11 +8,12 @@ the draws on those images, which are in no draw. A head chooses its own penalty 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_head import HeadFit, fit_head
 from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
-from lit_clip.evaluation.other_classes import Classes, among
-from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, searched
+from lit_clip.evaluation.probe import Classes, Split, among, best_l2, held_out, places_in_classes, searched
 from lit_clip.evaluation.scores import evaluate_scores
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -31,25 +32,20 @@ class FewShotProbes(NamedTuple):
 
     def evaluate(self, test: Split, metric: str, classes: Classes | None = None) -> dict[int, list[float]]:
         """Return, by shots, each draw's metric on a test split; ``classes`` as in :func:`among`."""
-        return {
-            k: [
-                evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
-            ]
-            for k, fits in self.fits.items()
-        }
+        scores = {k: [among(fit.scores(test.features), classes) for fit in fits] for k, fits in self.fits.items()}
+        return _values(scores, test, metric)
 
     def evaluate_heads(self, test: Split, metric: str) -> dict[int, list[float]]:
         """Return, by shots, each head's metric on a test split; empty without heads."""
-        return {
-            k: [
-                evaluate_scores(metric, head.logits(test.features, test.zero_shot.to(test.features)), test.targets)[
-                    metric
-                ]
-                for head in heads
-                if test.zero_shot is not None
-            ]
-            for k, heads in self.heads.items()
-        }
+        if test.zero_shot is None:
+            return {}
+        names = test.zero_shot.to(test.features)
+        scores = {k: [head.logits(test.features, names) for head in heads] for k, heads in self.heads.items()}
+        return _values(scores, test, metric)
+
+
+def _values(scores: dict[int, list[Tensor]], test: Split, metric: str) -> dict[int, list[float]]:
+    return {k: [evaluate_scores(metric, each, test.targets)[metric] for each in of] for k, of in scores.items()}
 
 
 def train_few_shot(

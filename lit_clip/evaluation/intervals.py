@@ -24,7 +24,6 @@ class UnitScores(NamedTuple):
     classes: np.ndarray | None = None
 
     def mean(self) -> float:
-        """Return the metric."""
         return float(np.mean([stratum.mean() for stratum in self._strata()]))
 
     def interval(self) -> Interval:

@@ -1,29 +1,37 @@
 """A set under evaluation, with the features of its images and texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
-from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages, Localised, Masked
-from lit_clip.evaluation.document_retrieval import EncodedDocuments, encode_documents
-from lit_clip.evaluation.other_classes import Classes
-from lit_clip.evaluation.places import PlaceRecords, PlaceTexts
-from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
-from lit_clip.evaluation.results import cache_key
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.caption_choice import EncodedChoices
+from lit_clip.evaluation.data import ImageSet, LabelledImages, check_classes
+from lit_clip.evaluation.document_retrieval import EncodedDocuments
+from lit_clip.evaluation.places import PlaceRecords, PlaceTask, PlaceTexts
+from lit_clip.evaluation.probe import Classes
+from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of
+from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.retrieval.metrics import PairIndices
 
-Rows = Callable[[], Sequence[int]]  # -> the test images that have features
+T = TypeVar("T")
 EncodeTexts = Callable[[Prompts], Tensor]  # -> their classifier [D, C]; all ranks call it in the same order
+
+
+class Encoder(NamedTuple):
+    """Functions that encode a set for its tasks; all ranks call them in the same order. Titles are for messages.
+
+    ``records`` takes a set, its task, what identifies the texts, and a title; only the first rank needs the result.
+    """
+
+    features: Callable[[ImageSet, str], SetFeatures]
+    classifier: EncodeTexts
+    records: Callable[[ImageSet, PlaceTask, str, str], PlaceRecords | None]
 
 
 @dataclass
@@ -32,7 +40,7 @@ class Fold:
 
     images: dict[str, ImageSet]
     features: dict[str, SetFeatures] = field(default_factory=dict)
-    classes: Classes | None = None  # of a probe that is trained on another set, see other_classes
+    classes: Classes | None = None  # of a probe that is trained on another set
     trained_on: str = ""  # the same for the same images and labels that probes are trained on
 
 
@@ -64,6 +72,28 @@ class OpenSet:
     places: PlaceTexts | None = None
     records: dict[Task, PlaceRecords] = field(default_factory=dict)  # of tasks that compare places
 
+    @property
+    def test(self) -> ImageSet:
+        """The test images of the first fold."""
+        return self.folds[0].images["test"]
+
+    def test_of(self, kind: type[T], needed: str) -> T:
+        """Return the test images; raise :class:`InputError` if they are of another kind and lack what is needed."""
+        if not isinstance(self.test, kind):
+            raise InputError(f"{type(self.test).__name__} has no {needed}")
+        return self.test
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The test images that have features; all while the set is not encoded."""
+        features = self.folds[0].features
+        return features["test"].rows if features else range(len(self.test))
+
+    @property
+    def caption_template(self) -> str:
+        """The first template, of captions, queries and documents; without one, the text itself."""
+        return templates_of(self.entry.templates or "{}")[0]
+
 
 def scale_and_bias(model: CLIP) -> dict[str, Any]:
     """Return the :class:`OpenSet` settings that turn a model's cosines into logits."""
@@ -71,106 +101,38 @@ def scale_and_bias(model: CLIP) -> dict[str, Any]:
     return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
 
 
-def without_features(opened: OpenSet) -> SetFeatures | None:
-    """Return the rows of a set with only place tasks, which need no features of whole images."""
-    if opened.records.keys() != set(opened.tasks):
+def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
+    """Check a fold's classes; return the ``train`` classes for each ``test`` class, or None if both are of one set."""
+    others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
+    if not others:
+        check_classes(splits)
         return None
-    _, rows, skipped = next(iter(opened.records.values()))
-    return SetFeatures(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.float32), rows, skipped)
+    train = others.get("train")
+    require("train" in others and len(others) == len(splits) - 1, "splits: train and val must be of the same set")
+    check_classes({"test": others["train"], **{name: images for name, images in others.items() if name != "train"}})
+    test = splits["test"]
+    for images in (train, test):
+        require(isinstance(images, LabelledImages), f"{type(images).__name__} has no classes, which a probe needs")
+    assert isinstance(train, LabelledImages)
+    assert isinstance(test, LabelledImages)
+    named = all(name.isdecimal() for name in test.class_names) and entry.class_names is not None
+    names = prompts_of(entry.class_names, "{}", test.class_names).names if named else test.class_names
+    return _matched(test, names, train)
 
 
-def class_names_only(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Name a set's classes, and encode nothing."""
-    prompts = class_prompts(opened)
-    return prompts.names, prompts.sha256, opened.logit_bias
-
-
-def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode the prompts of a set's classes; see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
-    opened.classifier = encode(class_prompts(opened))
-    return class_names_only(opened, rows, encode)
-
-
-def class_prompts(opened: OpenSet) -> Prompts:
-    """Return the prompts of a set's classes, and store them in the set."""
-    test = opened.folds[0].images["test"]
-    if not isinstance(test, LabelledImages):
-        raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
-    opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
-    return opened.prompts
-
-
-def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode the prompts of a set's classes, if it has any; few-shot heads start from them."""
-    labelled = isinstance(opened.folds[0].images["test"], LabelledImages)
-    return class_texts(opened, rows, encode) if labelled else None
-
-
-def bias_probe_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
-    """Encode the classes of the bias probes."""
-    for probe, texts in bias_texts().items():
-        opened.bias[probe] = encode(Prompts(list(texts), [[text] for text in texts.values()]))
-
-
-def caption_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode each distinct caption of a retrieval set once."""
-    test = opened.folds[0].images["test"]
-    if not isinstance(test, CaptionedImages):
-        raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
-    prompts, pairs = _distinct_captions(test, rows(), opened.entry.templates)
-    opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs)
-    return cache_key(prompts.sha256, [column.tolist() for column in pairs])
-
-
-def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode each distinct caption of a set's questions once."""
-    test = opened.folds[0].images["test"]
-    if not isinstance(test, CaptionChoices):
-        raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
-    opened.choices = encode_choices(test, rows(), opened.entry.templates, encode)
-    return cache_key(opened.choices.choices, templates_of(opened.entry.templates or "{}")[0])
-
-
-def document_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode each distinct text of a set's queries and documents once."""
-    opened.documents = encode_documents(opened.folds[0].images["test"], opened.entry.templates, encode)
-    images = opened.documents.images
-    template = templates_of(opened.entry.templates or "{}")[0]
-    return cache_key(images.queries, images.documents, images.relevance, template)
-
-
-def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode each name of a set's classes separately; the set must be of the given kind."""
-    test = opened.folds[0].images["test"]
-    if not isinstance(test, kind):
-        needed = "masks" if kind is Masked else "boxes or masks"
-        raise InputError(f"{type(test).__name__} has no {needed}, which {', '.join(opened.tasks)} needs")
-    require(len(opened.folds) == 1, "folds: masks and boxes have no mean over folds; make a set of each")
-    opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
-    by_name, classes = opened.prompts.by_name()
-    opened.places = PlaceTexts(encode(by_name), torch.tensor(classes))
-    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp()
-
-
-def _distinct_captions(
-    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
-) -> tuple[Prompts, PairIndices]:
-    """Return a set's distinct captions as prompts, and the image (place in ``rows``) of each.
-
-    Of several templates the first is used; None: the caption itself.
-    """
-    template = templates_of(templates or "{}")[0]
-    numbers: dict[str, int] = {}
-    counts: dict[tuple[int, int], int] = {}
-    earlier: dict[tuple[int, int], int] = {}
-    rows_of_text: list[int] = []
-    for image, row in enumerate(rows):
-        for caption in images.captions(row):
-            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
-            if text == len(rows_of_text):
-                rows_of_text.append(0)
-            earlier.setdefault((text, image), rows_of_text[text])
-            rows_of_text[text] += 1
-            counts[text, image] = counts.get((text, image), 0) + 1
-    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
-    return Prompts(list(numbers), [[text] for text in numbers]), PairIndices(*torch.tensor(columns).T.contiguous())
+def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) -> Classes:
+    """Match classes by name; if a set has only numbers, ``names`` come from the suite."""
+    if names == train.class_names:
+        return [[label] for label in range(len(train.class_names))]
+    if test.in_imagenet and train.class_names == imagenet_class_names():
+        return test.in_imagenet()
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(train.class_names):
+        labels.setdefault(name, []).append(label)
+    unknown = [name for name in names if name not in labels]
+    if unknown:
+        raise InputError(
+            f"splits: train has no class {unknown[0]!r}, which test has ({len(unknown)} of {len(names)} classes are "
+            "not there); train on a set with the same names"
+        )
+    return [labels[name] for name in names]

@@ -14,7 +14,7 @@ from lit_clip.evaluation.published import (
     measured,
     measured_name,
     measured_weights,
-    nearest_model,
+    nearest,
     papers_sets,
     published,
 )
@@ -105,7 +105,7 @@ def task_words(task: str, metric: str) -> str:
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """Return one row per set and metric, in the order of the results; retrieval has one row per recall."""
     model = results.get("model") or {}
-    models = nearest_model(model), measured_weights(model)
+    models = nearest(model).name, measured_weights(model)
     return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, *models)]
 
 

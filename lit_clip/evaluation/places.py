@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_clip.embedding.encoding_task import EncodingTask, Finished
+from lit_clip.embedding.encode import EncodingTask, Finished
 from lit_clip.embedding.parts import Arrays
 from lit_clip.embedding.reading import Batches, EncoderBatch, ImageBatches
 from lit_clip.errors import InputError, require

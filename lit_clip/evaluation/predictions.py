@@ -1,6 +1,7 @@
-"""A task's predictions for each image: the scores that its metrics average, in one file per set and task.
+"""A task's predictions for each image, in one file per set and task, and the confusions between classes.
 
-Shapes: N images, C classes, E distinct image-caption pairs.
+Shapes: N images, C classes, E distinct image-caption pairs. A prediction of -1, of an image whose scores are not
+numbers, is in no column of a confusion matrix.
 """
 
 import os
@@ -17,18 +18,23 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.intervals import Interval, UnitScores
-from lit_clip.evaluation.scores import METRICS, interval
+from lit_clip.evaluation.overlap import clopper_pearson
+from lit_clip.evaluation.scores import METRICS
 from lit_clip.evaluation.targets import Targets
-from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.retrieval.metrics import PairIndices, Ranks
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading
+from lit_clip.tools.text_files import write_csv
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
 PART = 2**22  # probabilities computed at once
 WHOLE = 2**23  # probabilities; a file with at most so many has those of all classes (32 MiB), others of the top ones
 TOP = 10  # classes
+PAIRS = 20  # confused pairs of classes that are reported
+TABLE = 20  # classes; the matrix of more is no table on a page
+MATRIX = 1000  # classes; the file of more has a line for each pair of classes that has images
 
 
 def class_columns(
@@ -87,16 +93,10 @@ def probability_columns(
     return joined(parts)
 
 
-def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
+def retrieval_columns(keys: Sequence[str], pairs: PairIndices, ranks: Ranks) -> Columns:
     """Return the columns of a retrieval: one row per query; ``rank`` is its best right candidate's, 0 is best.
 
-    Text queries are called like their image with a number, as captions have no keys.
-
-    Args:
-        keys: of the images.
-        pairs: of the set.
-        image_ranks: int64 ``[I]``, ranks of the images' best captions.
-        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair.
+    Text queries are called like their image (whose ``keys`` are given) with a number, as captions have no keys.
     """
     captions: Counter[int] = Counter()
     names = []
@@ -106,14 +106,14 @@ def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tens
     return {
         "direction": ["image_to_text"] * len(keys) + ["text_to_image"] * len(names),
         "key": [*keys, *names],
-        "rank": torch.cat([image_ranks, pair_ranks.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
+        "rank": torch.cat([ranks.image, ranks.pair.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
     }
 
 
 def recall_intervals(metrics: Mapping[str, float], images: int, captions: int) -> dict[str, Interval]:
     """Return the intervals of recalls, as proportions of independent queries."""
-    recalls = {name: value for name, value in metrics.items() if "recall@" in name}
-    return {name: interval(value, captions if "text_to_image" in name else images) for name, value in recalls.items()}
+    queries = {name: captions if "text_to_image" in name else images for name in metrics if "recall@" in name}
+    return {name: clopper_pearson(round(metrics[name] * count), count) for name, count in queries.items()}
 
 
 def joined(folds: Sequence[Columns]) -> Columns:
@@ -148,12 +148,16 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
     return predictions_name(name, task)
 
 
-def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
-    """Write the predictions of a set's task; return their entry in ``results.json``.
+def predictions_entry(
+    folder: Path | None, name: str, task: str, columns: Columns, judged: Iterable[object]
+) -> dict[str, str]:
+    """Write the predictions of a set's task; return their entry in ``results.json``, which is empty without a folder.
 
     ``judged`` is what was right, an object with the key for each image, in any order; its hash tells whether two runs
     were judged alike, which their files alone do not.
     """
+    if folder is None:
+        return {}
     path = write_predictions(folder, name, task, columns)
     digest = hex_digest(sorted(map(repr, judged)))
     return {"predictions": path, "predictions_sha256": sha256_of_file(folder / path), "judged": digest}
@@ -185,3 +189,51 @@ def run_image(folder: Path, name: Any) -> Image.Image | None:
 def _inside(folder: Path, name: str) -> Path | None:
     path, within = (Path(os.path.realpath(each)) for each in (folder / name, folder))
     return path if path.is_relative_to(within) else None
+
+
+def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (true class, predicted class, images) for each pair with images, most frequent first.
+
+    Equally frequent pairs are in the order of the classes. torchmetrics' matrix needs ``[C, C]``, this one O(N).
+    """
+    known = prediction_N >= 0
+    codes, counts = np.unique(truth_N[known].astype(np.int64) * classes + prediction_N[known], return_counts=True)
+    for place in (-counts).argsort(kind="stable").tolist():
+        code = int(codes[place])
+        yield code // classes, code % classes, int(counts[place])
+
+
+def confusion_matrix(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of images by true class (rows) and predicted class (columns), int64 ``[C, C]``."""
+    return _matrix(confusion_counts(truth_N, prediction_N, classes), classes)
+
+
+def _matrix(counts: Iterable[tuple[int, int, int]], classes: int) -> np.ndarray:
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    for truth, prediction, count in counts:
+        matrix[truth, prediction] = count
+    return matrix
+
+
+def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Return entries for a page: the most confused pairs, and the matrix if there are few classes."""
+    pairs = [each for each in confusion_counts(truth_N, prediction_N, len(names)) if each[0] != each[1]][:PAIRS]
+    found: dict[str, Any] = {"confusions": [(names[truth], names[other], count) for truth, other, count in pairs]}
+    if len(names) <= TABLE:
+        found["confusion_matrix"] = confusion_matrix(truth_N, prediction_N, len(names)).tolist()
+    return found
+
+
+def write_confusions(
+    path: Path, counts: Iterable[tuple[int, int, int]], names: Sequence[str], unit: str = "images"
+) -> None:
+    """Write the whole matrix of :func:`confusion_counts` as CSV, with one row per true class.
+
+    Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
+    """
+    if len(names) > MATRIX:
+        pairs = ((names[truth], names[prediction], count) for truth, prediction, count in counts)
+        write_csv(path, [("truth", "prediction", unit), *pairs])
+    else:
+        matrix = _matrix(counts, len(names)).tolist()
+        write_csv(path, [("truth", *names), *((name, *row) for name, row in zip(names, matrix, strict=True))])

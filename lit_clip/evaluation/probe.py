@@ -21,6 +21,7 @@ STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
 FIRST_SPAN = 2 * STEPS_PER_DECADE  # 1e-6, 1e-4, ... 1e6
 MOST_PENALTIES = 15  # that search_l2 tries: 7, and then up to 2 for each of 4 spans
+Classes = list[list[int]]  # for each class of a tested set, those of another set, which a probe is trained on
 HELD_OUT = 5  # without a validation split one image in 5 of each class is held out to choose the penalty
 
 
@@ -57,12 +58,7 @@ class Probe:
 
 
 def train_probe(
-    train: Split,
-    val: Split | None,
-    metric: str,
-    seed: int = 0,
-    advance: Advance | None = None,
-    l2: float | None = None,
+    train: Split, val: Split | None, metric: str, seed: int = 0, advance: Advance | None = None, l2: float | None = None
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
 
@@ -72,7 +68,8 @@ def train_probe(
     :class:`lit_clip.evaluation.logistic.LogisticProblem`.
     """
     splits = [train] if val is None else [train, val]
-    _check(splits)
+    one_class = all(split.labels.ndim == 2 or split.targets.single for split in splits)
+    require(one_class, "linear probe: a split has images without a class")
     search, start = {}, None
     if l2 is None:
         search_train, search_val = held_out(train, seed) if val is None else (train, val)
@@ -157,15 +154,13 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return place, count[labels]
 
 
-def _check(splits: list[Split]) -> None:
-    for split in splits:
-        require(len(split.targets) > 0, "linear probe: a split has no images")
-        one_class = bool((split.targets.labels >= 0).all())
-        require(split.labels.ndim == 2 or one_class, "linear probe: a split has images without a class")
-    for name, first, *others in (
-        ("features", *(split.features.shape[1] for split in splits)),
-        ("classes", *(split.targets.classes for split in splits)),
-        ("kinds of labels", *(split.labels.ndim for split in splits)),
-    ):
-        for ours in others:
-            require(ours == first, f"linear probe: the splits have {first} and {ours} {name}; they must be the same")
+def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
+    """Return the scores of the tested set's classes ``[N, C]``, from scores of the training set's classes.
+
+    A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3); one that
+    none means has minus infinity and is never predicted.
+    """
+    if classes is None:
+        return scores
+    never = scores.new_full((len(scores), 1), -torch.inf)
+    return torch.cat([scores[:, list(labels)].amax(dim=1, keepdim=True) if labels else never for labels in classes], 1)

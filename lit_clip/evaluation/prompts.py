@@ -6,7 +6,7 @@ refers to an installed package that has the same list), ``clip_benchmark:flowers
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,12 @@ class Prompts:
     names: list[str]
     texts: list[list[str]]
     alternatives: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Prompts":
+        """Return the prompts of classes that each have one text, which is also the name."""
+        names = list(texts)
+        return cls(names, [[text] for text in names])
 
     @property
     def sha256(self) -> str:
@@ -124,13 +130,9 @@ def templates_of(templates: str | Sequence[str], where: str = "templates") -> li
 def _templates(name: str, where: str) -> list[str]:
     if "{}" in name:
         return [name]
-    if name == IMAGENET:
-        return imagenet_templates()
-    if name.startswith(PAPER):
-        value = _paper_entry(name, where)["templates"]
-        return _templates(value, where) if isinstance(value, str) else value
-    if name.startswith(PACKAGE):
-        return [text.replace("{c}", "{}") for text in _package_list(name, "templates")]
+    named = _named(name, "templates", where)
+    if named is not None:
+        return named
     require(name.endswith(FILES), f"{where}: {shortened(name)} has no {{}} and is neither {PAPER}NAME nor a YAML file")
     value = read_yaml(name, where)
     listed = value.get("templates") if isinstance(value, dict) else value
@@ -139,20 +141,32 @@ def _templates(name: str, where: str) -> list[str]:
     return [as_text(template, f"{where}: {name}") for template in listed]
 
 
+def _named(name: str, part: str, where: str) -> list[Any] | None:
+    """Return the ``classes`` or ``templates`` of a named list; None for any other text."""
+    if name == IMAGENET:
+        return imagenet_class_names() if part == "classes" else imagenet_templates()
+    if name.startswith(PACKAGE):
+        name, lists = name.removeprefix(PACKAGE), _package(part)
+        require(name in lists, f"{where}: clip-benchmark has no {name!r}; it has {', '.join(lists)}")
+        return [text.replace("{c}", "{}") for text in lists[name]]
+    if name.startswith(PAPER):
+        name = name.removeprefix(PAPER)
+        require(name in _paper(), f"{where}: the paper has no {name!r}; it has {', '.join(_paper())}")
+        value = _paper()[name][part]
+        return _named(value, part, where) if isinstance(value, str) else value
+    return None
+
+
 def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
     if spec is None:
         return _Classes("the set", [[name] for name in own_names], in_label_order=True)
     if not isinstance(spec, str):
         return _listed(spec, "class_names")
-    if spec == IMAGENET:
-        return _Classes(spec, [[name] for name in imagenet_class_names()])
-    if spec.startswith(PACKAGE):
-        return _Classes(spec, [[name] for name in _package_list(spec, "class_names")])
-    if spec.startswith(PAPER):
-        entry = _paper_entry(spec, "class_names")
-        value, options = entry["classes"], {key: entry[key] for key in ("aliases", "by_name") if key in entry}
-        names = _classes(value, own_names).names if isinstance(value, str) else _listed(value, spec).names
-        return _Classes(spec, names, **options)
+    named = _named(spec, "classes", "class_names")
+    if named is not None:
+        entry = _paper()[spec.removeprefix(PAPER)] if spec.startswith(PAPER) else {}
+        options = {key: entry[key] for key in ("aliases", "by_name") if key in entry}
+        return _Classes(spec, _listed(named, spec).names, **options)
     require(
         spec.endswith(FILES),
         f"class_names: {spec!r} must be {IMAGENET}, {PAPER}NAME, {PACKAGE}NAME or a YAML file",
@@ -190,32 +204,22 @@ def _align(classes: _Classes, own_names: Sequence[str]) -> _Classes:
     place = {_without_spelling(name): number for number, name in enumerate(classes.display)}
     place |= {_without_spelling(alias): place[_without_spelling(name)] for alias, name in classes.aliases.items()}
     order = [place.get(_without_spelling(name), -1) for name in own_names]
-    if sorted(order) != list(range(size)):
+    if sorted(order) != list(range(size)):  # the set numbers its classes or has other names for them
         missing = next((name for name, number in zip(own_names, order, strict=True) if number < 0), own_names[0])
-        require(
-            not classes.by_name,
-            f"{where}: the set's class {missing!r} is not in the list, whose order is not the set's",
-        )
-        return classes  # the set numbers its classes or has other names for them
-    if classes.in_label_order:
-        same = order == list(range(size))
-        require(
-            same, f"{where}: the set's class names in another order, so labels would be mixed up; keep the set's order"
-        )
+        wrong = f"{where}: the set's class {missing!r} is not in the list, whose order is not the set's"
+        require(not classes.by_name, wrong)
         return classes
-    names, display = [classes.names[number] for number in order], [classes.display[number] for number in order]
-    return _Classes(where, names, display, whole_prompts=classes.whole_prompts, templates=classes.templates)
+    if classes.in_label_order:
+        wrong = f"{where}: the set's class names in another order, so labels would be mixed up; keep the set's order"
+        require(order == list(range(size)), wrong)
+        return classes
+    names, display = ([values[number] for number in order] for values in (classes.names, classes.display))
+    return replace(classes, names=names, display=display)
 
 
 @lru_cache(maxsize=1)
 def _paper() -> dict[str, dict[str, Any]]:
     return read_json(Path(__file__).with_name("paper_prompts.json"))["sets"]
-
-
-def _paper_entry(spec: str, option: str) -> dict[str, Any]:
-    name = spec.removeprefix(PAPER)
-    require(name in _paper(), f"{option}: the paper has no {name!r}; it has {', '.join(_paper())}")
-    return _paper()[name]
 
 
 def paper_class_names(name: str) -> list[str]:
@@ -224,16 +228,9 @@ def paper_class_names(name: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _package(option: str) -> dict[str, list[str]]:
-    """Read a file of ``clip-benchmark``."""
-    file = {"class_names": "en_classnames.json", "templates": "en_zeroshot_classification_templates.json"}[option]
-    return read_json(installed_file("clip_benchmark", "clip-benchmark", f"datasets/{file}"), option)
-
-
-def _package_list(spec: str, option: str) -> list[str]:
-    name, lists = spec.removeprefix(PACKAGE), _package(option)
-    require(name in lists, f"{option}: clip-benchmark has no {name!r}; it has {', '.join(lists)}")
-    return list(lists[name])
+def _package(part: str) -> dict[str, list[str]]:
+    file = {"classes": "en_classnames.json", "templates": "en_zeroshot_classification_templates.json"}[part]
+    return read_json(installed_file("clip_benchmark", "clip-benchmark", f"datasets/{file}"), part)
 
 
 @torch.no_grad()
@@ -269,7 +266,14 @@ def text_classifier(
     # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks=True).contiguous()
     if path is not None:
-        for reason in distributed.gather_objects(_save(path, classifier) if first else []):
+        reasons: list[str] = []
+        try:
+            if first:
+                make_folder(path.parent)
+                save_arrays(path, METHOD, {"classifier": classifier.float().cpu().numpy()})
+        except InputError as error:
+            reasons.append(str(error))
+        for reason in distributed.gather_objects(reasons):
             raise InputError(reason)  # on all ranks or on none
     return classifier
 
@@ -279,13 +283,3 @@ def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str 
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "as the weights"
     parts = (METHOD, weights or text_sha256(model), device, str(precision), list(counts), list(tokens.shape))
     return hex_digest([parts, tokens.contiguous().numpy().tobytes()])
-
-
-def _save(path: Path, classifier: Tensor) -> list[str]:
-    """Save a classifier; return the reason if it could not be saved."""
-    try:
-        make_folder(path.parent)
-        save_arrays(path, METHOD, {"classifier": classifier.float().cpu().numpy()})
-    except InputError as error:
-        return [str(error)]
-    return []

@@ -4,7 +4,7 @@ They are in ``published.yaml`` with their tables, as are others' measurements, a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -34,15 +34,6 @@ class NearestModel(NamedTuple):
     rule: str
 
 
-class _Figures(NamedTuple):
-    """Figures by set (see :func:`_key`), task, model and metric."""
-
-    papers: dict[tuple[str, str, str], dict[str, Published]]
-    measured: dict[tuple[str, str, str], dict[str, Published]]
-    peers: dict[tuple[str, str], dict[str, dict[str, Published]]]
-    canonical: dict[str, str]
-
-
 def _key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
@@ -53,68 +44,48 @@ def _data() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _figures() -> _Figures:
-    data = _data()
-    canonical = {_key(alias): _key(name) for name, aliases in data["aliases"].items() for alias in aliases}
-    figures = _Figures({}, {}, {}, canonical)
-    for name, task, model, metric, figure in _cells(data):
-        figures.papers.setdefault((_key(name), task, model), {})[metric] = figure
-    for values in figures.papers.values():
+def _aliases() -> dict[str, str]:
+    return {_key(alias): _key(name) for name, aliases in _data()["aliases"].items() for alias in aliases}
+
+
+def _set(name: str) -> str:
+    return _aliases().get(_key(name), _key(name))
+
+
+@lru_cache(maxsize=1)
+def _figures() -> dict[tuple[str, str, str, str], dict[str, Published]]:
+    """Return the figures by metric, for each kind (paper, peers or measured), set, task and model."""
+    data, found = _data(), dict[tuple[str, str, str, str], dict[str, Published]]()
+    kinds = (("paper", "tables", "rows"), ("peers", "tables", "peers"), ("measured", "measured", "rows"))
+    for kind, tables, rows in kinds:
+        for table in data[tables]:
+            metrics = table.get("metrics") or [_metric(name) for name in table["sets"]]
+            source, verified = table.get("source") or f"{PAPER}, table {table['table']}", table.get("verified")
+            for model, row in table.get(rows, {}).items():
+                for name, metric, percent in zip(table["sets"], metrics, row, strict=True):
+                    if percent is None:
+                        continue
+                    sure = verified is None or verified.get(model) == "all" or name in verified.get(model, [])
+                    for known in _measured_names(name) if kind == "measured" else [name]:
+                        of_set = found.setdefault((kind, _set(known), table["task"], model), {})
+                        of_set[metric] = Published(round(percent / 100, 6), sure, source)
+    for values in found.values():
         if {"pm0", "pm10"} <= values.keys():
             both = values["pm0"], values["pm10"]
             mean = round((both[0].value + both[1].value) / 2, 6)
             values["pm"] = Published(mean, all(one.verified for one in both), f"{both[0].source}, mean of the two")
-    for record in data["figures"]:
-        for peer, sets in record.get("peers", {}).items():
-            for name, metric, figure in _of_record(record, sets):
-                figures.peers.setdefault((_key(name), record["task"]), {}).setdefault(peer, {})[metric] = figure
-    for name, task, model, metric, figure in _measured_cells(data):
-        figures.measured.setdefault((figures.canonical.get(_key(name), _key(name)), task, model), {})[metric] = figure
-    return figures
+    return found
 
 
-def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
-    """Yield cells as :func:`_cells` does, for published weights that others measured."""
-    for table in data["measured"]:
-        metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
-        for model, row in table["rows"].items():
-            for name, metric, value in zip(table["sets"], metrics, row, strict=True):
-                figure = Published(_fraction(value), True, table["source"])
-                papers = name in data["tar_sets"]  # and otherwise CLIP_benchmark's name: its voc2007 is not VOC2007
-                tar_sets = data["tar_sets"].get(name, [name])
-                names = [f"{prefix}_{tar_set}" for prefix in PREFIXES for tar_set in tar_sets]
-                for known in [*([name] if papers else []), *names]:
-                    yield known, table["task"], model, metric, figure
+def _metric(name: str) -> str:
+    return _data()["metrics"].get(name, "top1")
 
 
-def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
-    """Yield set, task, model, metric and figure of every cell about the paper's own models."""
-    for table in data["tables"]:
-        source = f"{PAPER}, table {table['table']}"
-        for model, row in table["rows"].items():
-            verified = table["verified"].get(model, [])
-            for name, value in zip(table["sets"], row, strict=True):
-                figure = Published(_fraction(value), verified == "all" or name in verified, source)
-                yield name, table["task"], model, data["metrics"].get(name, "top1"), figure
-    for record in data["figures"]:
-        for name, metric, figure in _of_record(record, record["sets"]):
-            yield name, record["task"], record["model"], metric, figure
-
-
-def _of_record(
-    record: Mapping[str, Any], sets: Mapping[str, Mapping[str, float]]
-) -> Iterator[tuple[str, str, Published]]:
-    for name, values in sets.items():
-        for metric, value in values.items():
-            yield name, metric, Published(_fraction(value), True, f"{PAPER}, table {record['table']}")
-
-
-def _fraction(percent: float) -> float:
-    return round(percent / 100, 6)
-
-
-def _set(name: str) -> str:
-    return _figures().canonical.get(_key(name), _key(name))
+def _measured_names(name: str) -> list[str]:
+    """Return the names of a set that others measured, of which some are also CLIP_benchmark's alone."""
+    tar_sets = _data()["tar_sets"]
+    names = [f"{prefix}_{tar_set}" for prefix in PREFIXES for tar_set in tar_sets.get(name, [name])]
+    return [name, *names] if name in tar_sets else names  # CLIP_benchmark's voc2007 is not VOC2007
 
 
 def published(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
@@ -126,20 +97,21 @@ def published(name: str, task: str, model: str, metric: str | None = None) -> Pu
         model: one of :func:`lit_clip.models.registry.papers_models`.
         metric: the metric, for a set with several; None: its first.
     """
-    return _select(published_metrics(name, task, model), metric)
+    figures = published_metrics(name, task, model)
+    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
 
 
 def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
     """Return all figures of the paper for a set, by metric; see :func:`published`."""
-    return dict(_figures().papers.get((_set(name), task, model), {}))
+    return dict(_figures().get(("paper", _set(name), task, model), {}))
 
 
-def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
+def measured(name: str, task: str, weights: str, metric: str) -> Published | None:
     """Return the figure that open_clip or CLIP_benchmark measured with :func:`measured_weights`; None without one.
 
     The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
     """
-    return _select(_figures().measured.get((_set(name), task, weights), {}), metric)
+    return _figures().get(("measured", _set(name), task, weights), {}).get(metric)
 
 
 def measured_name(name: str, paper: str) -> str:
@@ -153,16 +125,14 @@ def measured_name(name: str, paper: str) -> str:
 def measured_weights(model: Mapping[str, Any]) -> str:
     """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's for the nearest."""
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
-    return name if any(name == weights for _, _, weights in _figures().measured) else nearest_model(model)
-
-
-def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
-    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
+    known = any(kind == "measured" and weights == name for kind, _, _, weights in _figures())
+    return name if known else nearest(model).name
 
 
 def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
     """Return figures of other work in the same table of the paper, by work and metric."""
-    return dict(_figures().peers.get((_set(name), task), {}))
+    wanted = ("peers", _set(name), task)
+    return {peer: figures for (*key, peer), figures in _figures().items() if tuple(key) == wanted}
 
 
 def same_set(name: str, other: str) -> bool:
@@ -172,7 +142,7 @@ def same_set(name: str, other: str) -> bool:
 
 def papers_sets() -> dict[str, str]:
     """Return the metric of each of the paper's 27 sets (tables 9 to 11)."""
-    return {name: _data()["metrics"].get(name, "top1") for name in _data()["tables"][0]["sets"]}
+    return {name: _metric(name) for name in _data()["tables"][0]["sets"]}
 
 
 def datacomp_groups() -> dict[str, dict[str, str]]:
@@ -200,18 +170,12 @@ def papers_name(model: str) -> str:
     return _data()["models"].get(model, model)
 
 
-def nearest_model(model: Mapping[str, Any]) -> str:
-    """Return open_clip's name for the nearest of the paper's models; see :func:`nearest`."""
-    return nearest(model).name
-
-
 def nearest(model: Mapping[str, Any]) -> NearestModel:
-    """Return the nearest of the paper's models, by the first of these rules that applies.
+    """Return the nearest of the paper's models, with open_clip's name, by the first of these rules that applies.
 
     1. The name is one of the paper's, apart from a tag and ``-quickgelu``.
-    2. The image encoder has the same sizes.
-    3. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
-    4. The number of parameters is nearest.
+    2. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
+    3. The number of parameters is nearest.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
@@ -219,11 +183,8 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
     image = _image_encoder(model.get("architecture"))
-    theirs = _papers_image_encoders()
-    for name, encoder in theirs.items():
-        if encoder == image:
-            return NearestModel(name, "the same image encoder")
     if isinstance(image, ResNetConfig | VisionTransformerConfig):
+        theirs = _papers_image_encoders()
         same_kind = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
         kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
         return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
@@ -245,11 +206,9 @@ def _closest(sizes: Mapping[str, float], size: float) -> str:
 def _image_encoder(architecture: Any) -> Any:
     """Return the configuration of an image encoder; None if it is not one of ours."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
+    if not isinstance(image, Mapping) or "timm" in image:
+        return None
     try:
-        if isinstance(architecture, str):
-            return resolve_architecture(architecture).image
-        if not isinstance(image, Mapping) or "timm" in image:
-            return None
         return CLIPConfig.from_dict({"image": image, "text": {}}).image
     except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
         return None

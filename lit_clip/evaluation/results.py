@@ -1,7 +1,8 @@
 """Results of an evaluation: saved as soon as they are computed, and cached by everything they depend on."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import distributions
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.suite import SuiteEntry, Task, suite_path
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
@@ -19,6 +21,7 @@ from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
+MOST_LISTED = 20  # files by name
 PACKAGES = (
     "torch",
     "torchmetrics",
@@ -68,6 +71,25 @@ def provenance(
     }
 
 
+def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
+    """Return the ``annotations`` and ``images`` of a split's folds, each file once, relative to ``root``.
+
+    Sets with the same name can have different files. Both are lists of ``path`` and ``bytes``, or for more than 20
+    files their number and a hash of their sorted names.
+    """
+    prefix = os.path.join(os.fspath(root), "")  # text, since there can be a million paths
+    annotations = {os.fspath(path) for images in sets for path in images.annotation_paths}
+    images = {os.fspath(path) for images in sets for path in images.image_paths()}
+    return {"annotations": _described(annotations, prefix), "images": _described(images - annotations, prefix)}
+
+
+def _described(paths: Iterable[str], prefix: str) -> list[dict[str, Any]] | dict[str, Any]:
+    named = sorted((path.removeprefix(prefix), path) for path in paths)
+    if len(named) > MOST_LISTED:
+        return {"files": len(named), "names_hash": hex_digest(name for name, _ in named)}
+    return [{"path": name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for name, path in named]
+
+
 class Results:
     """Results of a run by set, and their cache in the run's folder, which must exist."""
 
@@ -76,12 +98,10 @@ class Results:
         self.sets: dict[str, dict[str, Any]] = {}
 
     def begin(self, name: str, entry: SuiteEntry) -> None:
-        """Start the entry of a set."""
         told = {key: getattr(entry, key) for key in ("how_to_get", "note", "metric", "paper")}
         self.sets[name] = {"status": "done", "reason": "", **told, "splits": {}, "tasks": {}}
 
     def update(self, name: str, **values: Any) -> None:
-        """Add values to a set's entry."""
         self.sets[name] |= values
 
     def add_reason(self, name: str, reason: str) -> None:
@@ -119,7 +139,6 @@ class Results:
         return saved if isinstance(saved, dict) else {}
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
-        """Add the result of a task and save it under its cache key."""
         self.sets[name]["tasks"][task] = dict(result)
         path = self._file(name)
         make_folder(path.parent)
@@ -131,7 +150,6 @@ class Results:
         return self.folder / "sets" / f"{name}.json"
 
     def write(self, head: Mapping[str, Any]) -> dict[str, Any]:
-        """Write ``results.json`` and return its content."""
         everything = {**head, "sets": self.sets}
         with replacing(self.folder / "results.json") as draft:
             text = without_secrets(json.dumps(everything, indent=1, ensure_ascii=False))

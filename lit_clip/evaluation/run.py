@@ -18,16 +18,13 @@ from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import TaskOptions, class_names
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.download import download_missing
-from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
-from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias, trained_classes
 from lit_clip.evaluation.overview import judging, metric_words, recalls_of
-from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
-from lit_clip.evaluation.results import Results, cache_key, code_digest
+from lit_clip.evaluation.results import Results, cache_key, code_digest, files_read
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
-from lit_clip.evaluation.tasks import PARTS, encode_texts, target_digests, used_splits
+from lit_clip.evaluation.tasks import PARTS, encode_set, target_digests, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
 
@@ -83,21 +80,13 @@ class EvaluationRun:
             stderr().print(f"{name}: opening the set")  # a listing of many files takes minutes
         opened = OpenSet(name, entry, [], probes=self.probes, **scale_and_bias(self.model))
         opened.tasks = self._open_folds(opened)
-        recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
-        for number, fold in enumerate(opened.folds) if len(recorded) < len(opened.tasks) else ():
-            for split, images in fold.images.items():
-                title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
-                self.store.compute(images, title)
-        test = opened.folds[0].images["test"]
-        encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
-        for task, recorder in recorded.items():
-            self._record(opened, task, recorder)
+        encode_set(opened, Encoder(self.store.features, partial(self._encode, name), self.store.places), self.model)
         self.results.update(name, class_names=class_names(opened))
         if prompts := opened.prompts:
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
             self.results.update(name, prompts={**counts, "sha256": prompts.sha256})
         if distributed.rank_and_world()[0] == 0:
-            self._read_features(opened)
+            self._count_images(opened)
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
@@ -143,28 +132,12 @@ class EvaluationRun:
         self.model.cpu()
         return classifier.cpu()
 
-    def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
-        """Record the places of the test images; called on all ranks."""
-        images = opened.folds[0].images["test"]
-        assert opened.places is not None
-        assert opened.prompts is not None
-        task = place_task(self.model, images, opened.places, recorder)
-        texts = f"{name} {opened.prompts.sha256} {opened.prompts.alternatives}"
-        records = self.store.places(images, task, texts, f"{opened.name} {name}")
-        if records is not None:
-            opened.records[name] = records
-
-    def _read_features(self, opened: OpenSet) -> None:
-        """Read the features and count the images, on the first rank."""
+    def _count_images(self, opened: OpenSet) -> None:
         splits: dict[str, Any] = {}
-        for fold in opened.folds:
-            for split, images in fold.images.items():
-                fold.features[split] = without_features(opened) or self.store.read(images)
-                features = fold.features[split]
-                counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
-                splits.setdefault(split, counts)
-        for split, counts in splits.items():
-            counts["files"] = files_read([fold.images[split] for fold in opened.folds], self.root)
+        for split, features in opened.folds[0].features.items():
+            folds = [fold.images[split] for fold in opened.folds]
+            counts = {"images": len(features.rows), "skipped": features.skipped, "absent": folds[0].absent}
+            splits[split] = {**counts, "files": files_read(folds, self.root)}
         self.results.update(opened.name, splits=splits)
         not_finite = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
         if not_finite:
@@ -174,7 +147,6 @@ class EvaluationRun:
             self.results.add_reason(opened.name, reason)
 
     def _finish(self, opened: OpenSet) -> None:
-        """Run the tasks of a set, on the first rank."""
         try:
             digests = target_digests(opened)
         except InputError as error:
@@ -204,11 +176,9 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {task} {line}", soft_wrap=True)
 
     def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
-        """Return an identity of the features and the truth of a split."""
         return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digest
 
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
-        """Hash everything that a result depends on."""
         used = [
             self._split_key(fold, split, digests[number, split])
             for number, fold in enumerate(opened.folds)

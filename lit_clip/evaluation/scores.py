@@ -25,7 +25,6 @@ from lit_clip.evaluation.accuracy import (
     within,
 )
 from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.targets import Targets
 
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
@@ -61,7 +60,6 @@ class Metric:
 
     @property
     def judges(self) -> bool:
-        """Whether the metric can judge a set."""
         return bool(self.of_scores or self.task)
 
 
@@ -76,11 +74,7 @@ def evaluate_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, 
     if of_scores is None:
         raise InputError(f"metric: {metric} is not computed from class scores")
     require(len(targets) > 0, f"{metric}: there are no images")
-    if scores.shape != (len(targets), targets.classes):
-        shape = " x ".join(map(str, scores.shape))
-        raise InputError(
-            f"{metric}: scores are {shape}, but there are {len(targets)} images and {targets.classes} classes"
-        )
+    assert scores.shape == (len(targets), targets.classes)
     _check_needs(metric, targets)
     value = of_scores(scores.detach(), targets)
     found = value if isinstance(value, dict) else {metric: value}
@@ -130,12 +124,6 @@ def baseline(metric: str, targets: Targets) -> float | None:
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean over a set's folds of each metric that every fold has."""
     return {name: fmean(fold[name] for fold in metrics) for name in metrics[0] if all(name in fold for fold in metrics)}
-
-
-def interval(value: float, n: int) -> tuple[float, float]:
-    """Return the 99.5 % Clopper-Pearson interval of a fraction of n images (paper, appendix A.3)."""
-    require(n > 0, "interval: there are no images")
-    return clopper_pearson(round(value * n), n)
 
 
 def _check_needs(metric: str, targets: Targets) -> None:
@@ -215,28 +203,22 @@ def _roc_auc(scores: Tensor, targets: Targets) -> float:
     return int((below + not_above).sum()) / (2 * len(negative) * int(right.sum()))
 
 
-def _pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
+def _pm_units(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
     """Return which anchor frames are right: ``pm0`` for the frame, ``pm10`` also for all its neighbours."""
     assert targets.accepted is not None
     predicted = predictions(scores).tolist()
     right = [one in classes for one, classes in zip(predicted, targets.accepted, strict=True)]
     require(bool(targets.neighbours), "pm: there are no anchor frames")
-    neighbours = targets.neighbours or ()
-    return {
-        "pm0": [right[anchor] for anchor, _ in neighbours],
-        "pm10": [right[anchor] and all(right[row] for row in around) for anchor, around in neighbours],
-    }
+    of_anchors = [(right[anchor], [right[row] for row in around]) for anchor, around in targets.neighbours or ()]
+    pm0 = np.array([own for own, _ in of_anchors], dtype=np.float64)
+    pm10 = np.array([own and all(others) for own, others in of_anchors], dtype=np.float64)
+    return {"pm0": pm0, "pm10": pm10, "pm": (pm0 + pm10) / 2}
 
 
 def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Return the fractions of right anchor frames, and their mean."""
-    found = {name: sum(right) / len(right) for name, right in _pm_right(scores, targets).items()}
-    return found | {"pm": (found["pm0"] + found["pm10"]) / 2}
-
-
-def _pm_units(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
-    right = {name: np.array(values, dtype=np.float64) for name, values in _pm_right(scores, targets).items()}
-    return right | {"pm": (right["pm0"] + right["pm10"]) / 2}
+    units = _pm_units(scores, targets)
+    pm0, pm10 = float(units["pm0"].mean()), float(units["pm10"].mean())
+    return {"pm0": pm0, "pm10": pm10, "pm": (pm0 + pm10) / 2}
 
 
 def _baseline_pm(targets: Targets) -> float:

@@ -3,6 +3,9 @@
 Cosines are interpolated to the mask's size before names are compared, as in mmsegmentation. A class with several names,
 such as the background, has the highest of their cosines.
 
+Pointing game (Zhang et al. 2016): every class that an image shows is a query; a hit is the centre of its most similar
+place inside one of its boxes or its mask.
+
 Shapes: N images, M names, C classes, h x w places, H x W pixels.
 """
 
@@ -16,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.errors import require
-from lit_clip.evaluation.confusions import write_confusions
-from lit_clip.evaluation.data import ImageSet, Masked
-from lit_clip.evaluation.intervals import DRAWS, Interval
+from lit_clip.evaluation.data import Boxed, ImageSet, Localised, Masked
+from lit_clip.evaluation.intervals import DRAWS, Interval, UnitScores
 from lit_clip.evaluation.overlap import CONFIDENCE
 from lit_clip.evaluation.places import PlaceRecords, Size
+from lit_clip.evaluation.predictions import write_confusions
 from lit_clip.tools.atomic import make_folder
 
+Region = Tensor  # of a class: its boxes, float64 [n, 4], or its mask, bool [H, W]
+Truth = tuple[Size, int, list[tuple[int, Region]]]  # size of the image, tolerance in pixels, classes and their regions
 AT_ONCE = 2**24  # interpolated cosines, 64 MiB
 DRAWS_AT_ONCE = 250
 
@@ -87,7 +92,6 @@ class ClassPixels(NamedTuple):
         return np.nanmean(self.iou(), axis=-1)
 
     def accuracy(self) -> np.ndarray:
-        """Return the fraction of right pixels."""
         return self.right.sum(axis=-1) / self.truth.sum(axis=-1)
 
 
@@ -125,13 +129,16 @@ def bootstrap(pixels: ClassPixels) -> dict[str, Interval]:
     return {name: (float(low), float(high)) for name, (low, high) in ends.items() if low < high}
 
 
-def segmentation_metrics(records: PlaceRecords, names: Sequence[str]) -> dict[str, Any]:
-    """Return the task's entry in ``results.json`` without files; ``iou`` has each class's IoU, recall and pixels."""
+def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path | None, stem: str) -> dict[str, Any]:
+    """Return the task's entry in ``results.json``; ``iou`` has each class's IoU, recall and pixels.
+
+    With a ``folder``, write the pixel matrix to ``stem_confusions.csv`` and compute the intervals.
+    """
     matrix = confusion(records, len(names))
     require(int(matrix.sum()) > 0, "segmentation: no pixel has a label")
     total = ClassPixels(matrix.diagonal(), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0))
     iou_C, (right, truth, _) = total.iou(), total
-    return {
+    result: dict[str, Any] = {
         "value": float(total.miou()),
         "metrics": {"miou": float(total.miou()), "pixel_accuracy": float(total.accuracy())},
         "baseline": float(truth.max() / truth.sum() / (truth > 0).sum()),  # one class everywhere
@@ -141,17 +148,63 @@ def segmentation_metrics(records: PlaceRecords, names: Sequence[str]) -> dict[st
             for name, iou, hits, of in zip(names, iou_C, right, truth, strict=True)
         ],
     }
-
-
-def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path, stem: str) -> dict[str, Any]:
-    """Return the task's entry in ``results.json``; write the pixel matrix to ``stem_confusions.csv``."""
+    if folder is None:
+        return result
     path = folder / f"{stem}_confusions.csv"
     make_folder(path.parent)
-    matrix = confusion(records, len(names))[:, :-1]
-    pairs = ((truth, prediction, int(matrix[truth, prediction])) for truth, prediction in np.argwhere(matrix).tolist())
-    write_confusions(path, pairs, names, "pixels")
-    return {
-        **segmentation_metrics(records, names),
-        "intervals": bootstrap(pixels_by_image(records, len(names))),
-        "files": [path.relative_to(folder).as_posix()],
-    }
+    pairs = np.argwhere(matrix[:, :-1]).tolist()
+    counts = ((truth, prediction, int(matrix[truth, prediction])) for truth, prediction in pairs)
+    write_confusions(path, counts, names, "pixels")
+    files = [path.relative_to(folder).as_posix()]
+    return {**result, "intervals": bootstrap(pixels_by_image(records, len(names))), "files": files}
+
+
+def regions_of(images: Localised, row: int, size: Size) -> Truth:
+    """Return the regions of each class in an image."""
+    if isinstance(images, Boxed):
+        boxes: dict[int, list[tuple[float, ...]]] = {}
+        for label, box in images.boxes(row):
+            boxes.setdefault(label, []).append(box)
+        return (
+            size,
+            images.tolerance,
+            [(label, torch.tensor(each, dtype=torch.float64)) for label, each in sorted(boxes.items())],
+        )
+    assert isinstance(images, Masked)
+    mask_HW = mask_of(images, row, size)
+    return size, 0, [(int(label), mask_HW == label) for label in mask_HW[mask_HW >= 0].unique()]
+
+
+def is_within(point: tuple[float, float], region: Region, tolerance: int) -> bool:
+    """Return whether a point (x, y) is at most ``tolerance`` pixels from a region; right edges are outside."""
+    x, y = point
+    if region.dtype == torch.bool:
+        rows, columns = region.nonzero().T
+        return bool(((columns - int(x)) ** 2 + (rows - int(y)) ** 2 <= tolerance**2).any())
+    left, top, right, bottom = region.T
+    inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+    across, down = (
+        torch.maximum(low - at, at - high).clamp(min=0) for low, at, high in ((left, x, right), (top, y, bottom))
+    )
+    return bool((inside | (across**2 + down**2 <= tolerance**2) & (tolerance > 0)).any())
+
+
+def queries(cosines_Mhw: Tensor, truth: Truth, classes_M: Tensor) -> Tensor:
+    """Return, for each class in an image, its label, the hit, and the hit of the image's centre: int64 ``[K, 3]``."""
+    (width, height), tolerance, regions = truth
+    h, w = cosines_Mhw.shape[1:]
+    found = []
+    for label, region in regions:
+        cosines_hw = cosines_Mhw[classes_M.to(cosines_Mhw.device) == label].amax(dim=0).nan_to_num(-torch.inf)
+        highest, place = cosines_hw.flatten().max(dim=0)  # the first of a tie
+        point = (int(place) % w + 0.5) * width / w, (int(place) // w + 0.5) * height / h
+        hit = bool(highest > -torch.inf) and is_within(point, region, tolerance)
+        found.append((label, int(hit), int(is_within((width / 2, height / 2), region, tolerance))))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
+
+
+def pointing_units(records: PlaceRecords) -> dict[str, UnitScores]:
+    """Return the queries' scores by metric, from records of label, hit, and hit of the image's centre."""
+    require(len(records.values) > 0, "pointing: no image shows a class")
+    label, hit = records.values[:, 1], records.values[:, 2].astype(np.float64)
+    return {"accuracy": UnitScores(hit), "mean_per_class": UnitScores(hit, label)}

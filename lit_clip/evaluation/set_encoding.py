@@ -4,6 +4,8 @@ Shapes: N images that could be read, W features before the projection, D after i
 """
 
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -14,22 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import (
     Batches,
     Encode,
     ImageBatches,
     UnreadableRow,
-    encoded_batches,
     features_of_both_kinds,
     in_batches,
-    row_means,
     unreadable_image,
 )
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.console import can_draw
+from lit_clip.tools.console import can_draw, progress
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.workers import loader, workers_for_images
 
@@ -65,11 +65,13 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
     return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False)
 
 
-class Encoded(NamedTuple):
-    """Rows of the N readable images, ascending, and their features, float32 ``[N, D]`` on the CPU."""
+class SetFeatures(NamedTuple):
+    """Features of a set, read from disk as they are needed."""
 
-    rows: list[int]
-    features: Tensor
+    before: np.ndarray  # float32 [N, W], before the projection
+    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
+    rows: list[int]  # the images that could be read, ascending
+    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 class SetEncoder:
@@ -87,70 +89,55 @@ class SetEncoder:
         self.processes = 1  # ranks on this machine
         self._warned: set[str] = set()
 
-    def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
-        """Return the features of all images of a set; ``encode`` maps normalised ``[B, 3, H, W]`` to ``[B, D]``.
+    @torch.no_grad()
+    def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> SetFeatures:
+        """Return features of one kind for all images of a set; ``encode`` maps normalised ``[B, 3, H, W]`` to them.
 
         All ranks call this; ``name`` is the set's in messages.
         """
-        rank, world = distributed.rank_and_world()
-        rows_at_once = 1 if images.several else self.batch_size
-        batches = in_batches(range(len(images)), rows_at_once)[rank::world]
-
-        def encode_pixels(pixels: Tensor) -> Tensor:
-            return encode(model.normalize(pixels)).float()
-
-        rows: list[int] = []
-        features: list[Tensor] = []
-        unreadable: list[UnreadableRow] = []
-        # A training's bar is on the terminal already.
-        title = f"{self.callback} {name}" if rank == 0 and not can_draw(sys.stderr) else None
-        data, workers = SetRows(images), self._workers(len(batches))
-        for batch, encoded in encoded_batches(
-            model, data, self.batch_size, workers, encode=encode_pixels, batches=batches, title=title
-        ):
-            rows += batch.rows
-            unreadable += batch.unreadable
-            if batch.rows:
-                features.append(row_means(encoded, batch.counts))
-        self._check(distributed.gather_objects(unreadable), len(images), name)
-        return _gathered(rows, features, model.device)
+        task = replace(set_task(model, images), encode=lambda pixels: encode(model.normalize(pixels)).float())
+        found = list(self._outputs(model, images, task, name))
+        width = distributed.maximum(found[0][1].shape[1] if found else 0)  # a rank without rows does not know it
+        mine = torch.cat([torch.zeros(0, width, device=model.device), *(features for _, features in found)])
+        rows = torch.tensor([row for rows, _ in found for row in rows], dtype=torch.long, device=model.device)
+        all_rows = distributed.gather_uneven(rows).cpu()
+        order = all_rows.argsort()
+        features = distributed.gather_uneven(mine).cpu()[order].numpy()
+        return SetFeatures(features, features, all_rows[order].tolist(), [])
 
     def steps(self, model: CLIP, images: ImageSet, task: EncodingTask, name: str) -> list[tuple[int, np.ndarray]]:
-        """Return each readable row with a task's output for it; all ranks call this."""
-        rank, world = distributed.rank_and_world()
-        batches = in_batches(range(len(images)), 1)[rank::world]
-        unreadable: list[UnreadableRow] = []
-        found: list[tuple[int, np.ndarray]] = []
-        data, workers = task.read(batches, None), self._workers(len(batches))
-        for batch in loader(data, workers, pin_memory=model.device.type == "cuda"):
-            unreadable += batch.unreadable
-            found += [(row, task.step(batch, model.device, 1).cpu().numpy()) for row in batch.rows]
-        self._check(distributed.gather_objects(unreadable), len(images), name)
+        """Return each readable row with the output for it of a task of single rows; all ranks call this."""
+        found = [(row, output.cpu().numpy()) for (row,), output in self._outputs(model, images, task, name)]
         return sorted(distributed.gather_objects(found), key=itemgetter(0))
 
-    def _workers(self, batches: int) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        return min(workers_for_images(self.processes), batches // BATCHES_PER_WORKER)
+    def _outputs(
+        self, model: CLIP, images: ImageSet, task: EncodingTask, name: str
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield readable rows of this rank with a task's output for them, ``[B, ...]``."""
+        rank, world = distributed.rank_and_world()
+        batches = in_batches(range(len(images)), 1 if task.several else self.batch_size)[rank::world]
+        workers = self.num_workers
+        if workers is None:
+            workers = min(workers_for_images(self.processes), len(batches) // BATCHES_PER_WORKER)
+        bar = rank == 0 and not can_draw(sys.stderr)  # a training's bar is on the terminal already
+        unreadable: list[UnreadableRow] = []
+        with progress(f"{self.callback} {name}", sum(map(len, batches)), enabled=bar) as advance:
+            for batch in loader(task.read(batches, None), workers, pin_memory=model.device.type == "cuda"):
+                unreadable += batch.unreadable
+                if batch.rows:
+                    yield batch.rows, task.step(batch, model.device, self.batch_size)
+                advance(len(batch.rows) + len(batch.unreadable))
+        self._check(distributed.gather_objects(unreadable), len(images), name)
 
     def _check(self, unreadable: list[UnreadableRow], size: int, name: str) -> None:
         if not unreadable:
             return
         message = min(unreadable).message
-        require(self.on_error == "skip", f"{name}: {or_skip(message, f'{self.callback}.on_error to skip')}")
-        require(len(unreadable) < size, f"{name}: none of {size} images could be read; {message}")
+        require(self.on_error == "skip", or_skip(message, f"{self.callback}.on_error to skip"))
+        require(len(unreadable) < size, f"none of {size} images could be read; {message}")
         if name not in self._warned:
             self._warned.add(name)
-            text = f"{len(unreadable)} of {size} images are skipped; the first: {message}"
             from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
 
+            text = f"{len(unreadable)} of {size} images are skipped; the first: {message}"
             rank_zero_warn(f"{self.callback}: {name}: {text}")
-
-
-def _gathered(rows: list[int], features: list[Tensor], device: torch.device) -> Encoded:
-    """Gather all ranks' rows in order; a rank without rows takes the feature width from the others."""
-    width = distributed.maximum(features[0].shape[1] if features else 0)
-    mine = torch.cat(features) if features else torch.zeros(0, width, device=device)
-    all_rows = distributed.gather_uneven(torch.tensor(rows, dtype=torch.long, device=device)).cpu()
-    order = all_rows.argsort()
-    return Encoded(all_rows[order].tolist(), distributed.gather_uneven(mine).cpu()[order])

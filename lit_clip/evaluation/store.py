@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import UnreadableError, compute, encode
-from lit_clip.embedding.encoding_task import EncodingSettings, remaining
+from lit_clip.embedding.encode import EncodingSettings, UnreadableError, compute, encode, remaining
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.image_files import image_file
 from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
@@ -23,7 +22,7 @@ from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, JudgedDocuments, PartOf
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask
-from lit_clip.evaluation.set_encoding import set_task
+from lit_clip.evaluation.set_encoding import SetFeatures, set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
@@ -35,24 +34,6 @@ from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
-
-
-class SetFeatures(NamedTuple):
-    """Features of a set, read from disk as they are needed."""
-
-    before: np.ndarray  # float32 [N, W], before the projection
-    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
-    rows: list[int]  # the images that could be read, ascending
-    skipped: list[tuple[str, str]]  # key and message of the others
-
-
-def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Create a memory-mapped array with reserved space: otherwise writing to it on a full disk ends the process."""
-    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
@@ -92,6 +73,11 @@ class FeatureStore:
                 raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
             self._paths[images] = self.folder / key
         return self._paths[images]
+
+    def features(self, images: ImageSet, title: str) -> SetFeatures:
+        """Return a set's features, computed unless stored; all ranks call this in the same order."""
+        self.compute(images, title)
+        return self.read(images)
 
     def compute(self, images: ImageSet, title: str) -> None:
         """Compute the features for :meth:`read`, unless stored; all ranks call this in the same order."""
@@ -205,7 +191,6 @@ class FeatureStore:
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
-        """Join the finished parts into arrays."""
         size, parts = len(images), Parts(path, self.settings_text)
         skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
@@ -231,7 +216,11 @@ class FeatureStore:
             numbers = [place[int(key)] for key, _, _ in table.identities]
             filled[numbers] = True
             for name, values in zip(ARRAYS[len(arrays) :], columns, strict=False):
-                arrays.append(_new_array(folder / f"{name}.npy", (len(rows), values.shape[1])))
+                file, shape = folder / f"{name}.npy", (len(rows), values.shape[1])
+                arrays.append(np.lib.format.open_memmap(file, "w+", np.float32, shape))
+                if hasattr(os, "posix_fallocate"):  # not on macOS; without it a full disk ends the process
+                    with file.open("r+b") as opened:
+                        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             for array, values in zip(arrays, columns, strict=True):
                 array[numbers] = values
         message = "features are gone; another run with the same cache has ended meanwhile"

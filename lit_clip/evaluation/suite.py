@@ -106,7 +106,6 @@ class SuiteEntry:
         )
 
     def is_of_another_set(self, split: str) -> bool:
-        """Return whether a split names its own class."""
         return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
@@ -126,7 +125,6 @@ class SuiteEntry:
         return next((str(arguments[key]) for key in LOCATION_ARGUMENTS if key in arguments), "")
 
     def spec(self, split: str, fold: int) -> dict[str, Any]:
-        """Return ``class_path`` and ``init_args`` of one split of one fold."""
         if self.is_of_another_set(split):
             return self.splits[split]
         options = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}

@@ -1,7 +1,7 @@
 """The truth about an evaluation set's images: tensors and lists in the order of its feature rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, Truth
 from lit_clip.tools.hashing import hex_digest
 
+BY_ROW = ("labels", "relevance", "coordinates", "accepted", "candidates")
 ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations belong to a class
 
 
@@ -62,8 +63,7 @@ class Targets(Truth):
 
     def digest(self) -> str:
         """Return a hash of all values, the same in every process; it is part of the results' cache key."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["accepted"] = self.accepted and [sorted(classes) for classes in self.accepted]
+        values = vars(self) | {"accepted": self.accepted and [sorted(classes) for classes in self.accepted]}
         return hex_digest(
             (name, value.dtype, value.shape, value.tolist()) if isinstance(value, Tensor) else (name, value)
             for name, value in values.items()
@@ -76,26 +76,22 @@ class Targets(Truth):
         """
         index = torch.as_tensor(rows, dtype=torch.int64)
         kept = index.tolist()
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("labels", "relevance", "coordinates"):
-            values[name] = None if values[name] is None else values[name][index]
-        for name in ("accepted", "candidates"):
-            values[name] = None if values[name] is None else [values[name][row] for row in kept]
-        if self.groups is not None:
-            values["groups"] = {name: [group[row] for row in kept] for name, group in self.groups.items()}
-        if self.annotations is not None:
-            values["annotations"] = {
-                name: [column[row] for row in kept] if name in ANNOTATIONS_BY_ROW else column
-                for name, column in self.annotations.items()
-            }
-        if self.neighbours is not None:
-            place = {row: new for new, row in enumerate(kept)}
-            values["neighbours"] = [
-                (place[anchor], [place[row] for row in around if row in place])
-                for anchor, around in self.neighbours
-                if anchor in place
-            ]
-        return Targets(**values)
+        place = {row: new for new, row in enumerate(kept)}
+
+        def taken(values: Any) -> Any:
+            return values[index] if isinstance(values, Tensor) else values and [values[row] for row in kept]
+
+        values = {name: taken(getattr(self, name)) for name in BY_ROW}
+        values["groups"] = self.groups and {name: taken(group) for name, group in self.groups.items()}
+        values["annotations"] = self.annotations and {
+            name: taken(column) if name in ANNOTATIONS_BY_ROW else column for name, column in self.annotations.items()
+        }
+        values["neighbours"] = self.neighbours and [
+            (place[anchor], [place[row] for row in around if row in place])
+            for anchor, around in self.neighbours
+            if anchor in place
+        ]
+        return replace(self, **values)
 
 
 def check_labels(labels: Tensor, classes: int, name_of: Callable[[int], str]) -> None:

@@ -1,11 +1,10 @@
 """Class heads from few examples: a small file turns a model into a classifier of your own classes.
 
-``head`` (what is applied), ``head_file``, ``examples`` (fit one), ``labelling`` (which images to label next), ``curve``
-(accuracy by number of examples). How a head is fitted is in :mod:`lit_clip.evaluation.class_head`.
+``head`` (what is applied, and its file) and ``examples`` (fit one; what more examples would give). How a head is fitted
+is in :mod:`lit_clip.evaluation.class_head`.
 """
 
 from lit_clip.heads.examples import Examples, head_from_images
-from lit_clip.heads.head import Head, HeadedModel
-from lit_clip.heads.head_file import load_head, save_head
+from lit_clip.heads.head import Head, HeadedModel, load_head, save_head
 
 __all__ = ["Examples", "Head", "HeadedModel", "head_from_images", "load_head", "save_head"]

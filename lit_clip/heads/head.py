@@ -1,12 +1,14 @@
-"""A class head, and a model with one: images in, probabilities out.
+"""A class head, a model with one (images in, probabilities out), and the head's file.
 
+The file is safetensors with facts as JSON. Nothing in it is executed, and every field is checked.
 Shapes: B images, W features before the projection, D after it, C classes.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -16,12 +18,22 @@ from torch import Tensor, nn
 from lit_clip.embedding.reading import check_finite
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.thresholds import check_names
+from lit_clip.evaluation.zero_shot import check_templates
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import image_for_model
-from lit_clip.tools.untrusted import Finite
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import Finite, check_fields, from_plain
+from lit_clip.tools.weight_files import read_file
 from lit_clip.weights.fingerprint import fingerprint
+
+FORMAT = "lit-clip head 1"
+MOST_BYTES = 2**32
+MOST_CLASSES = 2**20
+LARGEST = 1e18  # of a weight: its products with features stay far below what float32 can hold
+TENSORS = ("text", "weight", "bias", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Head(nn.Module):
         super().__init__()
         check_names(facts.names, "head: names")
         self.facts = facts
-        for name, value in (("text", text), ("weight", weight), ("bias", bias), ("thresholds", thresholds)):
+        for name, value in zip(TENSORS, (text, weight, bias, thresholds), strict=True):
             self.register_buffer(name, value.detach().float().cpu().contiguous())
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
@@ -129,3 +141,53 @@ class HeadedModel(nn.Module):
         probabilities = torch.cat(rows) if rows else torch.zeros(0, len(self.head.facts.names))
         check_finite(probabilities, "classify")
         return probabilities
+
+
+def save_head(head: Head, path: str | Path) -> None:
+    """Write a head to a ``.safetensors`` file."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    require(path.suffix == ".safetensors", f"{path}: a head is written to a .safetensors file")
+    tensors = {name: getattr(head, name).cpu().contiguous() for name in TENSORS}
+    metadata = {"format": FORMAT, "head": json.dumps(asdict(head.facts), ensure_ascii=False)}
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
+        draft.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+
+
+def load_head(path: str | Path) -> Head:
+    """Read a file of :func:`save_head`."""
+    from safetensors import safe_open
+
+    path, again = Path(path), "classify --save_head writes heads"
+    require(path.suffix == ".safetensors", f"{path}: a head is a .safetensors file")
+    with reading(path, "head", hint=again):
+        require(path.stat().st_size <= MOST_BYTES, f"{path}: larger than any head; {again}")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        require(metadata.get("format") == FORMAT, f"{path}: not a head of this version; {again}")
+        values = json.loads(metadata["head"])
+    tensors = {name: tensor.clone() for name, tensor in read_file(path).items()}
+    with naming(path):
+        return _checked(values, tensors)
+
+
+def _checked(values: Any, tensors: dict[str, Tensor]) -> Head:
+    facts = from_plain(HeadFacts, values, "head")
+    check_fields(facts, "head")
+    classes = len(facts.names)
+    require(0 < classes <= MOST_CLASSES, f"head: names: {classes} classes; must be from 1 to {MOST_CLASSES:,}")
+    require(all(facts.names) and len(set(facts.names)) == classes, "head: names: one is empty or there twice")
+    check_templates(facts.templates, "head: templates")
+    require(sorted(tensors) == sorted(TENSORS), f"tensors: there must be {', '.join(TENSORS)}")
+    wanted = {"text": (None, classes), "weight": (classes, None), "bias": (classes,), "thresholds": (classes,)}
+    for name, tensor in tensors.items():
+        fits = len(tensor.shape) == len(wanted[name]) and all(
+            size in (None, found) for size, found in zip(wanted[name], tensor.shape, strict=True)
+        )
+        if tensor.dtype != torch.float32 or not fits:
+            raise InputError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not float32 for {classes} classes")
+        whole = bool((tensor.abs() < LARGEST).all())  # not of NaN either
+        require(whole, f"{name}: not finite, or so large that probabilities would overflow; fit the head anew")
+    return Head(facts, *(tensors[name] for name in TENSORS))

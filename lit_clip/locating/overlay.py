@@ -1,13 +1,23 @@
-"""Draw heat maps over the image, on one scale of cosines for all texts, with a colour bar."""
+"""Draw heat maps over images, on one scale of cosines for all texts, with a colour bar.
 
+They are of located texts, or of a query over the images that a search found.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from lit_clip.locating.regions import Box
-from lit_clip.models.heat_maps import map_of
+from lit_clip.errors import BadSample, InputError
+from lit_clip.locating.locator import FALSE_ALARMS, Located, default_background, text_features
+from lit_clip.locating.regions import Box, background_level
+from lit_clip.models.clip import CLIP
+from lit_clip.models.heat_maps import map_of, place_cosines
+from lit_clip.tools.images import image_for_model, upright
 
 LEAST, MOST = 256, 512  # pixels of an overlay's longer side
 BAR, MARGIN, LABEL = 10, 6, 16  # height of the colour bar, space around it, height of its numbers
@@ -70,7 +80,6 @@ def _coloured(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_bar(drawn: Image.Image, scale: Scale, peak: float) -> Image.Image:
-    """Add the colour bar below, with the cosines at its ends, a mark at the level, and the image's peak."""
     width = max(drawn.width, LEAST)
     whole = Image.new("RGB", (width, drawn.height + BAR + LABEL + 2 * MARGIN), "white")
     whole.paste(drawn, ((width - drawn.width) // 2, 0))
@@ -89,3 +98,54 @@ def _with_bar(drawn: Image.Image, scale: Scale, peak: float) -> Image.Image:
     middle = min(max(marks[1], MARGIN + 64), width - MARGIN - 64)  # beside the numbers of the ends
     draw.text((middle, top + BAR + 2), f"peak {peak:.2f}", "black", font, "ma")
     return whole
+
+
+def overlays(image: Image.Image, located: Located) -> list[Image.Image]:
+    """Return an overlay of each text on an image, all on one scale."""
+    scale = Scale.around(located.level, max(region.cosine for region in located.regions))
+    return [
+        overlay(image, cosines, scale, region.cosine, region.box(image.size))
+        for cosines, region in zip(located.maps, located.regions, strict=True)
+    ]
+
+
+class HeatMaps:
+    """Draw where images match a query, at most ``size`` pixels a side.
+
+    In the middle of an image's scale is the level that background texts reach in it, as for
+    :class:`lit_clip.locating.Locator`; all scales have the same span.
+    """
+
+    def __init__(self, model: CLIP, size: int) -> None:
+        self.model, self.size = model, size
+        self.background = text_features(model, default_background())  # [K, D]
+
+    def __call__(self, query: Tensor, files: Sequence[Path | None]) -> dict[Path | None, Image.Image]:
+        """Return heat maps for a query's unit features ``[D]``.
+
+        Images that cannot be read any more are left out, and all are if the image encoder has no features of places.
+        """
+        places: dict[Path, tuple[Image.Image, Tensor, float]] = {}
+        for file in filter(None, dict.fromkeys(files)):
+            try:
+                image = image_for_model(file)
+                found, *others = place_cosines(self.model, image, torch.cat([query[None], self.background]), scale=1)
+            except BadSample:
+                continue
+            except InputError:
+                return {}
+            places[file] = (
+                upright(image, self.size),
+                torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image))),
+                background_level(torch.stack(others).amax(dim=(1, 2)), FALSE_ALARMS),
+            )
+        highest = max((float(each.max()) - level for _, each, level in places.values()), default=0.0)
+        return {
+            file: overlay(image, each, Scale.around(level, level + highest), float(each.max()))
+            for file, (image, each, level) in places.items()
+        }
+
+
+def _turned(map_: Image.Image, image: Image.Image) -> Image.Image:
+    map_.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return ImageOps.exif_transpose(map_)

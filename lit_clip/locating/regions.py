@@ -78,7 +78,6 @@ def find_regions(places_Nhw: Tensor, maps_NHW: Tensor, level: float) -> list[Reg
 
 
 def _around(own: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Return the connected part of a mask that contains the given pixel."""
     from scipy.ndimage import label  # here, because it takes a tenth of a second
 
     parts: Any = label(own, structure=np.ones((3, 3)))

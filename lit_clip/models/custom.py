@@ -40,7 +40,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.size import Size, height_width, normalised
+from lit_clip.models.size import height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.parts import script_name
@@ -81,41 +81,25 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     require(is_module, f"{where} is no torch.nn.Module; {CONTRACT[kind]}")
     require(found.forward is not nn.Module.forward, f"{where} has no forward; {CONTRACT[kind]}")
-    _check_arguments(found, config.init_args, where, kind)
+    arguments, signature = {"embed_dim": embed_dim, **config.init_args}, inspect.signature(found)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where}{signature}: {error}; {CONTRACT[kind]}") from error
     with torch.device("cpu"):
-        return found(embed_dim=embed_dim, **config.init_args)
+        return found(**arguments)
 
 
-def _check_arguments(found: type, init_args: dict[str, Any], where: str, kind: str) -> None:
-    parameters = inspect.signature(found).parameters
-    require("embed_dim" in parameters, f"{where} has no argument embed_dim; {CONTRACT[kind]}")
-    require("embed_dim" not in init_args, f"{where}: embed_dim is architecture.embed_dim; leave it out of init_args")
-    known = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    any_name = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    others = ", ".join(each for each in known if each != "embed_dim") or "none"
-    for name in () if any_name else init_args:
-        require(name in known, f"{where} has no argument {name!r}; init_args can be: {others}")
-    needed = [name for name in known if parameters[name].default is inspect.Parameter.empty and name != "embed_dim"]
-    for name in needed:
-        require(name in init_args, f"{where} needs the argument {name!r}; set it in init_args")
-
-
-def image_size_of(encoder: nn.Module, config: CustomImageConfig) -> Size:
-    """Return an encoder's ``image_size``."""
-    size: Any = getattr(encoder, "image_size", None)
-    sides = list(size) if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
-        raise InputError(f"architecture.image: {config.class_path} has the image_size {size!r}; {CONTRACT['image']}")
+def size_of(encoder: nn.Module, config: CustomImageConfig | CustomTextConfig) -> Any:
+    """Return an encoder's ``image_size`` or ``context_length``."""
+    kind, name = ("image", "image_size") if isinstance(config, CustomImageConfig) else ("text", "context_length")
+    size: Any = getattr(encoder, name, None)
+    sides = size if kind == "image" and isinstance(size, list | tuple) else [size, size]
+    least = 1 if kind == "image" else 3  # start, a word, end
+    if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+        wrong = f"architecture.{kind}: {config.class_path} has the {name} {size!r}, at least {least}"
+        raise InputError(f"{wrong}; {CONTRACT[kind]}")
     return normalised((sides[0], sides[1]))
-
-
-def context_length_of(encoder: nn.Module, config: CustomTextConfig) -> int:
-    """Return an encoder's ``context_length``."""
-    length: Any = getattr(encoder, "context_length", None)
-    if type(length) is not int or length < 3:  # start, a word, end
-        where = f"architecture.text: {config.class_path}"
-        raise InputError(f"{where} has the context_length {length!r}, at least 3; {CONTRACT['text']}")
-    return length
 
 
 class CustomImageEncoder(nn.Module):
@@ -127,7 +111,7 @@ class CustomImageEncoder(nn.Module):
         assert config.image_size is not None  # with_external_settings has filled it in
         self.encoder, self.embed_dim = create_encoder(config, embed_dim), embed_dim
         self.image_size = config.image_size
-        where, now = f"architecture.image: {config.class_path}", image_size_of(self.encoder, config)
+        where, now = f"architecture.image: {config.class_path}", size_of(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
         with evaluation_mode(self), torch.no_grad():
             features = self(torch.zeros(2, bands, *height_width(self.image_size)))
@@ -158,7 +142,7 @@ class CustomTextEncoder(nn.Module):
         super().__init__()
         self.encoder = create_encoder(config, embed_dim)
         self.context_length = config.context_length
-        where, now = f"architecture.text: {config.class_path}", context_length_of(self.encoder, config)
+        where, now = f"architecture.text: {config.class_path}", size_of(self.encoder, config)
         there = self.context_length
         require(now == there, f"{where} has the context_length {now} now, and {there} there")
         self.tokenizer = _tokenizer(self.encoder, self.context_length, where)
@@ -186,11 +170,7 @@ class CustomTextEncoder(nn.Module):
 def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Module]:
     """Return an encoder's ``blocks``; empty if it has none."""
     blocks: Any = getattr(encoder.encoder, "blocks", None)
-    blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
-    inside = {id(module) for module in encoder.encoder.modules()}
-    whole = all(id(block) in inside for block in blocks)
-    require(whole, f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
-    return blocks
+    return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
 
 
 def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, returns: str, given: str, want: str) -> None:
@@ -252,8 +232,7 @@ def _tokenizer(encoder: nn.Module, context_length: int, where: str) -> TextToken
         same = theirs == context_length
         require(same, f"{where}: its tokenizer has the context_length {theirs}, the encoder {context_length}")
         return own
-    require(callable(own), f"{where}: its tokenizer is a {type(own).__name__}, which cannot be called with texts")
-    light = not isinstance(getattr(own, "__self__", None), nn.Module) and not isinstance(own, nn.Module)
+    light = not isinstance(getattr(own, "__self__", own), nn.Module)
     problem = "is a method of the encoder, whose weights every data worker would copy"
     require(light, f"{where}: its tokenizer {problem}; use a function or an object of a class")
     return CallableTokenizer(own, context_length)

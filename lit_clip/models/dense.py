@@ -47,7 +47,6 @@ def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
 
 
 def _grid(images: Tensor, stride: int) -> tuple[int, int]:
-    """Return the numbers of rows and columns of places."""
     sides = images.shape[2:]
     if images.ndim != 4 or any(side % stride or not side for side in sides):
         raise InputError(f"images are {list(images.shape)}; places need [B, 3, H, W] with multiples of {stride}")

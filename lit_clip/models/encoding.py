@@ -1,9 +1,9 @@
 """Encode texts, images and image files from one list, in this process; for :meth:`lit_clip.CLIP.encode`."""
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ Item = str | os.PathLike[str] | Image.Image
 
 def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> Tensor:
     """Implement :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU, a single item -> ``[D]``."""
-    if isinstance(items, str | os.PathLike | Image.Image):
-        return encode_items(model, [items], batch_size)[0]
+    single = isinstance(items, str | os.PathLike | Image.Image)
+    items = [items] if single else items
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     found: list[Any] = [_image_or_text(i, item) for i, item in enumerate(items)]
     result = torch.zeros(len(found), model.config.embed_dim)
@@ -34,7 +34,7 @@ def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> T
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 result[batch] = encode(model, [found[i] for i in batch]).float().cpu()
-    return result
+    return result[0] if single else result
 
 
 def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
@@ -47,29 +47,15 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
         raise InputError(f"encode: item {i} is a {kind}; it must be a text, a PIL image or the path of an image file")
     if not item.lower().endswith(tuple(SUFFIXES)):
         return item
-    if _is_file(item):
-        return Path(item)
+    with suppress(OSError, ValueError):  # too long for a path, or holds a null character
+        if Path(item).is_file():
+            return Path(item)
     if len(item.split()) > 1:
         return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
-    warnings.warn(message, stacklevel=_callers_level())
+    warnings.warn(message, stacklevel=4)  # the line that called CLIP.encode
     return item
-
-
-def _callers_level() -> int:
-    """Return a warning's ``stacklevel`` that points to the line that called lit-clip."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "lit_clip":
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a path, or holds a null character
-        return False
 
 
 def _texts(model: Any, texts: list[str]) -> Tensor:

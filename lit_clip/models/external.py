@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceImageConfig, HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.external_config import IMAGE_CLASSES, TEXT_CLASSES
-from lit_clip.models.external_settings import check_text_only, timm_name, timm_pretrained_cfg
+from lit_clip.models.external_settings import check_text_only, timm_hub_weights, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
 from lit_clip.models.partial_forward import PartialForward, starting_at
-from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
@@ -109,7 +108,6 @@ class TimmImageEncoder(nn.Module):
 
 
 def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
-    """Create a timm model with its weights."""
     import timm
 
     assert config.image_size is not None
@@ -132,8 +130,12 @@ def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
         trunk = timm.create_model(name, timms, num_classes=classes, **{**from_hub, **options})
         if pooled_later:
             cast(Any, trunk).reset_classifier(0, global_pool=pool)
-        if size != tuple(cfg.input_size[1:]):
-            _try_size(trunk, bands, size)
+        # Some models accept any size when created, but fail on images of another size; those on the meta device are
+        # to be filled with the weights of a model that passed this.
+        if size != tuple(cfg.input_size[1:]) and not next(trunk.parameters()).is_meta:
+            with torch.no_grad():
+                trunk.eval()(torch.zeros(1, bands, *size))
+            trunk.train()
     except Exception as error:  # hundreds of models raise anything: TypeError, AssertionError, OSError, ...
         settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
         words = " ".join(str(error).split()) or type(error).__name__
@@ -143,15 +145,6 @@ def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
     if isinstance(config.pretrained, str):
         load_timm_file(trunk, config.timm, config.pretrained, bands)
     return trunk
-
-
-@torch.no_grad()
-def _try_size(trunk: nn.Module, bands: int, size: tuple[int, int]) -> None:
-    """Encode one image: some models accept any size when created, but fail on images of another size."""
-    if next(trunk.parameters()).is_meta:
-        return  # to be filled with the weights of a model that passed this
-    trunk.eval()(torch.zeros(1, bands, *size))
-    trunk.train()
 
 
 def load_timm_file(trunk: nn.Module, name: str, path: str, bands: int = 3) -> None:
@@ -171,22 +164,17 @@ def load_timm_file(trunk: nn.Module, name: str, path: str, bands: int = 3) -> No
         more = [key for key in theirs if key not in ours and key.partition(".")[0] in parts]
         require(not more, f"{refusal}: {''.join(more[:1])} is absent here")
         theirs = resized_trunk(theirs, trunk, "")
-    else:
-        theirs = _by_order(theirs, ours, refusal)
+    else:  # another library's names; it may end with a classifier's weight and bias
+        pairs = list(zip(ours, theirs, strict=False))
+        endings = all(a.rpartition(".")[2] == b.rpartition(".")[2] for a, b in pairs)
+        if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
+            raise InputError(f"{refusal}: {min(ours.keys() - theirs.keys())} is absent there")
+        theirs = {a: theirs[b] for a, b in pairs}
     theirs = _in_bands(theirs, trunk, bands)
     for key, value in ours.items():
         there, here = tuple(theirs[key].shape), tuple(value.shape)
         require(there == here, f"{refusal}: {key} is {there} there and {here} here")
     trunk.load_state_dict({**state, **{key: theirs[key] for key in ours}})
-
-
-def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal: str) -> dict[str, Tensor]:
-    """Return the tensors under our names; the other library's may end with a classifier's weight and bias."""
-    pairs = list(zip(ours, theirs, strict=False))
-    endings = all(a.rpartition(".")[2] == b.rpartition(".")[2] for a, b in pairs)
-    if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
-        raise InputError(f"{refusal}: {min(ours.keys() - theirs.keys())} is absent there")
-    return {a: theirs[b] for a, b in pairs}
 
 
 def _in_bands(state: Mapping[str, Tensor], trunk: nn.Module, bands: int) -> dict[str, Tensor]:
@@ -205,7 +193,6 @@ def _in_bands(state: Mapping[str, Tensor], trunk: nn.Module, bands: int) -> dict
 
 
 def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **settings: Any) -> nn.Module:
-    """Create a part of a transformers model from a configuration, which may come from a file."""
     import transformers
 
     values = {**model, **settings}
@@ -268,7 +255,6 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
 @contextmanager
 def _creating(where: str) -> Iterator[None]:
-    """Turn another library's error about settings, which may come from a file, into one line."""
     try:
         yield
     except Exception as error:  # TypeError, KeyError, validation errors of their own, ...
@@ -291,7 +277,6 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
 
 
 def _positions(model: Any) -> int | None:
-    """Return the number of a model's positions; None if its positions are relative."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None or longest < 0:  # T5 has no such entry, XLNet has -1
         return None

@@ -20,7 +20,7 @@ def check_timm_options(options: dict[str, Any], where: str) -> None:
 
 
 class HubModel(TypedDict):
-    """The timm model of a hub name, as plain values; see :func:`lit_clip.models.timm_hub.timm_hub_model`."""
+    """The timm model of a hub name, as plain values; see :func:`lit_clip.models.external_settings.timm_hub_model`."""
 
     architecture: str
     model_args: dict[str, Any]
@@ -42,7 +42,7 @@ class TimmConfig:
         projection_bias: whether the last layer of the projection has a bias.
         options: other arguments of the timm model, such as ``drop_path_rate``.
         model: what a hub name stands for, so that a checkpoint does not depend on it, see
-            :func:`lit_clip.models.timm_hub.timm_hub_model`; None: read from there when the model is created.
+            :func:`lit_clip.models.external_settings.timm_hub_model`; None: read from there when the model is created.
     """
 
     timm: str

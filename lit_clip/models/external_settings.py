@@ -6,18 +6,27 @@ when one of its encoders is named: both take seconds.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.timm_hub import timm_hub_model
-from lit_clip.tools.hub_client import guard_hub
-from lit_clip.tools.reading import first_line
+from lit_clip.models.external_config import HUB, check_timm_options
+from lit_clip.tools.hub_client import checked_relative, guard_hub
+from lit_clip.tools.reading import first_line, naming, reading, reason
+from lit_clip.tools.untrusted import check_names_nothing
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
+# What of timm's ``pretrained_cfg`` is about images and names of weights; the rest says where the weights are.
+_DATA = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("classifier", "pool_size"),
+)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # in timm's order
 
 
 def with_external_settings(config: CLIPConfig) -> CLIPConfig:
@@ -38,14 +47,13 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
         text = replace(text, model=hugging_face_config(text.hugging_face))
     if isinstance(image, CustomImageConfig) and image.image_size is None:
-        from lit_clip.models import custom  # needs torch
+        from lit_clip.models.custom import create_encoder, size_of  # needs torch
 
-        image = replace(image, image_size=custom.image_size_of(custom.create_encoder(image, config.embed_dim), image))
+        image = replace(image, image_size=size_of(create_encoder(image, config.embed_dim), image))
     if isinstance(text, CustomTextConfig) and not text.context_length:
-        from lit_clip.models import custom
+        from lit_clip.models.custom import create_encoder, size_of
 
-        length = custom.context_length_of(custom.create_encoder(text, config.embed_dim), text)
-        text = replace(text, context_length=length)
+        text = replace(text, context_length=size_of(create_encoder(text, config.embed_dim), text))
     if image is config.image and text is config.text:
         return config
     return replace(config, image=image, text=text, preprocessing=preprocessing)
@@ -99,6 +107,57 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
         resize_mode="squash" if mode == "squash" else "shortest",
         crop_pct=data["crop_pct"],
     )
+
+
+def timm_hub_model(name: str) -> dict[str, Any]:
+    """Read the model of a hub name: ``hf-hub:org/name``, optionally with ``@revision``.
+
+    Return ``architecture``, timm's name of the model, ``model_args``, its arguments, and ``data``, its preprocessing.
+    """
+    file = _download(name, "config.json")
+    with naming(name), reading(file, "configuration of a timm model"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        require(isinstance(values, Mapping) and isinstance(values.get("architecture"), str), "names no architecture")
+        check_names_nothing(values, "config.json")
+        data, arguments = values.get("pretrained_cfg", values), dict(values.get("model_args") or {})
+        arguments.pop("num_classes", None)
+        check_timm_options(arguments, f"{name}: model_args")
+        sized = {}
+        if (size := arguments.pop("img_size", None)) is not None:  # of a model whose positions depend on it
+            sized = {"input_size": [3, *([size, size] if isinstance(size, int) else size)], "fixed_input_size": True}
+        return {
+            "architecture": values["architecture"],
+            "model_args": arguments,
+            "data": {key: data[key] for key in _DATA if data.get(key) is not None} | sized,
+        }
+
+
+def timm_hub_weights(name: str) -> Path:
+    """Return the weight file of a hub name; :mod:`lit_clip.tools.weight_files` reads it."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in _WEIGHTS:  # all of them even without the network: the cache may hold a later one
+        try:
+            return _download(name, file)
+        except InputError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):
+                raise
+    problem = f"{name} has none of {', '.join(_WEIGHTS)} on the hub, or without the network in its cache"
+    raise InputError(f"architecture.image: {problem}")
+
+
+def _download(name: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download  # takes seconds
+
+    guard_hub()
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        if revision:
+            checked_relative(revision)  # a checkpoint may give the name
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:  # no such repository or file, no network, a name that is none
+        where = f"architecture.image: no {file} of {name}"
+        raise InputError(f"{where} on the hub or in its cache ({reason(error)})") from error
 
 
 def is_naflex(config: TimmConfig) -> bool:

@@ -81,7 +81,6 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
 
 
 def _frozen_heads(model: Any, freeze: Freeze) -> set[str]:
-    """Return the parameter names of frozen heads after trainable layers."""
     frozen: set[str] = set()
     for tower in TOWERS:
         if freeze.head and getattr(freeze, tower) != "all":

@@ -35,8 +35,6 @@ class FrozenPrefix(NamedTuple):
 
 
 class _ReachedError(Exception):
-    """The boundary was called."""
-
     def __init__(self, name: str, activations: Any) -> None:
         super().__init__(name)
         self.name, self.activations = name, activations
@@ -119,7 +117,6 @@ def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
 
 
 def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: Tensor, lengths: Sequence[int]) -> bool:
-    """Return whether stored activations give the same features as the whole tower."""
     try:
         from_text = tower == "text"
         found = text_features_from(model, stored, tokens, lengths) if from_text else image_features_from(model, stored)

@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ def clean(text: str, how: str) -> str:
     return text if how == "whitespace" else text.lower()
 
 
+@dataclass(eq=False)
 class HuggingFaceTokenizer(TextTokenizer):
     """Turn texts into ids, padded on the right to the context length.
 
-    Args:
+    Attributes:
         definition: the output of ``tokenizers.Tokenizer.to_str``.
         pad_id: id of the padding.
         clean: how texts are cleaned first, see :func:`clean`.
@@ -41,17 +43,16 @@ class HuggingFaceTokenizer(TextTokenizer):
         stripped_id: id that is replaced by 0, see :class:`HuggingFaceTokenizerConfig`; None: none is.
     """
 
-    def __init__(
-        self, definition: str, pad_id: int, clean: str, context_length: int, whole: bool, stripped_id: int | None = None
-    ) -> None:
-        self.definition = definition
-        self.pad_id = pad_id
-        self.clean = clean
-        self.context_length = context_length
-        self.whole = whole
-        self.stripped_id = stripped_id
-        self._tokenizer = Tokenizer.from_str(definition)
-        self._tokenizer.enable_truncation(context_length)
+    definition: str
+    pad_id: int
+    clean: str
+    context_length: int
+    whole: bool
+    stripped_id: int | None = None
+
+    def __post_init__(self) -> None:
+        self._tokenizer = Tokenizer.from_str(self.definition)
+        self._tokenizer.enable_truncation(self.context_length)
         self._tokenizer.no_padding()
         self._uncut: Tokenizer | None = None
 
@@ -76,8 +77,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         return torch.full_like(used, tokens.shape[1]) if self.whole else used
 
     def with_context(self, context_length: int) -> "HuggingFaceTokenizer":
-        own = (self.definition, self.pad_id, self.clean, context_length, self.whole, self.stripped_id)
-        return HuggingFaceTokenizer(*own)
+        return replace(self, context_length=context_length)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
@@ -128,7 +128,6 @@ def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) ->
 
 
 def _backend(loaded: Any) -> Tokenizer | None:
-    """Return the ``tokenizers`` object behind a tokenizer of transformers; None if there is none."""
     if hasattr(loaded, "backend_tokenizer"):
         return loaded.backend_tokenizer
     from transformers import SiglipTokenizer  # takes seconds

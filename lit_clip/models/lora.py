@@ -21,7 +21,7 @@ FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one
 
 @dataclass
 class LoRA:
-    """Low-rank additions to weights: ``W + alpha / r * B @ A``.
+    """Low-rank additions to all weights of the blocks' attention and MLP: ``W + alpha / r * B @ A``.
 
     Attributes:
         r: the rank.
@@ -29,13 +29,10 @@ class LoRA:
         tower: the encoder that gets additions, ``image`` or ``text``; the other one is trained as without a LoRA. None:
             both.
         head: whether the heads behind the additions are trained too.
-        targets: ends of names of linear layers (``c_fc``, ``query``) or ``in_proj_weight``; None: all of them in the
-            blocks: attention in and out, and MLP.
     """
 
     r: Width = 8
     alpha: Annotated[float, Meta(ge=-1e9, le=1e9)] = 16.0
-    targets: list[str] | None = None
     tower: Tower | None = None
     head: bool = False
 
@@ -48,7 +45,7 @@ class LoRA:
         return TOWERS if self.tower is None else (self.tower,)
 
 
-def target_names(model: CLIP, targets: list[str] | None = None, towers: Sequence[Tower] = TOWERS) -> list[str]:
+def target_names(model: CLIP, towers: Sequence[Tower] = TOWERS) -> list[str]:
     """Return the names of linear layers and fused attention weights in blocks that are not frozen."""
     found = []
     for tower in towers:
@@ -61,13 +58,8 @@ def target_names(model: CLIP, targets: list[str] | None = None, towers: Sequence
                     found.append(name)
                 elif parameter.requires_grad and last == "weight" and isinstance(model.get_submodule(owner), nn.Linear):
                     found.append(owner)
-    for target in targets or ():
-        if not any(f".{name}".endswith(f".{target}") for name in found):
-            kinds = sorted({name.rpartition(".")[2] for name in found})
-            raise InputError(f"model.lora: no layer is called {target!r}; there are {', '.join(kinds) or 'none'}")
     require(bool(found), "model.lora: the blocks that are not frozen have no linear layers")
-    ends = tuple(f".{target}" for target in targets or ())
-    return [name for name in found if targets is None or f".{name}".endswith(ends)]
+    return found
 
 
 def add_lora(model: CLIP, lora: LoRA) -> None:
@@ -80,7 +72,7 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("model.lora needs peft: pip install peft") from error
-    names = target_names(model, lora.targets, lora.towers)
+    names = target_names(model, lora.towers)
     beside = _trained_beside(model, lora)  # peft freezes what it is not told to adapt
     for name in names:
         if name.endswith(FUSED):  # peft re-registers it last; move it here too, as EMA pairs parameters by order
@@ -100,7 +92,6 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
 
 
 def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:
-    """Return the names of parameters that are trained besides the additions."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads: set[str] = set()
     for tower in lora.towers:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -22,11 +21,8 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
-    height_width,
 )
-from lit_clip.models.external_settings import is_naflex, naflex_patch_size
-from lit_clip.models.size import Size
-from lit_clip.models.timm_hub import timm_hub_model
+from lit_clip.models.external_settings import is_naflex, timm_hub_model, timm_preprocessing
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
@@ -126,8 +122,14 @@ def _activation(tower: _CheckedDict, plain: Activation) -> Activation:
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
     size = vision.get("image_size", 224)
-    if (name := vision.get("timm_model_name")) and is_naflex(timms := _timm(name)):
-        return _naflex(values or {}, vision, size, timms)
+    if (name := vision.get("timm_model_name")) and is_naflex(timms := _timm(name)):  # of SigLIP 2
+        found = timm_preprocessing(replace(timms, image_size=size))
+        if found.max_patches is None:
+            raise InputError(f"timm's {name} reads no patches, which lit-clip needs of that class")
+        budget, given = vision.get("image_seq_len") or found.max_patches, values or {}
+        mean, std = given.get("mean") or HALF, given.get("std") or HALF
+        same = {"interpolation": "bilinear", "resize_mode": "shortest", "crop_pct": 1.0}
+        return replace(found, mean=mean, std=std, max_patches=budget, **same)
     default = Preprocessing(size)
     if values is None:
         return replace(default, mean=HALF, std=HALF, resize_mode="squash") if siglip else default
@@ -151,21 +153,6 @@ def _timm(name: str) -> TimmConfig:
     """Return timm's model of a name; a name on the hub is looked up there."""
     timms = TimmConfig(name)
     return replace(timms, model=timm_hub_model(name)) if timms.on_hub else timms
-
-
-def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size, timms: TimmConfig) -> Preprocessing:
-    """Return the preprocessing of SigLIP 2's NaFlex models, from timm's model."""
-    patch = naflex_patch_size(timms)
-    if patch is None:
-        raise InputError(f"timm's {timms.timm} reads no patches, which lit-clip needs of that class")
-    fits = math.prod(side // patch for side in height_width(size))
-    return Preprocessing(
-        mean=values.get("mean") or HALF,
-        std=values.get("std") or HALF,
-        interpolation="bilinear",
-        max_patches=vision.get("image_seq_len") or fits,
-        patch_size=patch,
-    )
 
 
 def _image(values: _CheckedDict, activation: Activation) -> ImageConfig:

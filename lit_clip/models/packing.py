@@ -74,7 +74,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     ``causal``.
     """
     # No mask here: layouts that have one are causal.
-    if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
+    if (
+        q.device.type == "cpu"
+        and not causal
+        and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0)
+        and (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    ):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
     causal_alone = causal and mask is None
     if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts take half the time in float32
@@ -82,10 +87,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
             inputs = (q.float(), k.float(), v.float())
             return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal_alone).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal_alone)
-
-
-def _differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class Packing(NamedTuple):

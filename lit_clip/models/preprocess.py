@@ -66,18 +66,11 @@ def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Ima
     return image
 
 
-class _Resize(v2.Transform):
+def _covering(image: Any, crop: tuple[int, int], interpolation: InterpolationMode) -> Any:
     """Resize to the smallest size with the same aspect ratio that covers the crop."""
-
-    def __init__(self, height: int, width: int, interpolation: InterpolationMode) -> None:
-        super().__init__()
-        self.height, self.width, self.interpolation = height, width, interpolation
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = TF.get_size(inpt)
-        ratio = min(height / self.height, width / self.width)
-        size = [round(height / ratio), round(width / ratio)]
-        return TF.resize(inpt, size, self.interpolation)
+    height, width = TF.get_size(image)
+    ratio = min(height / crop[0], width / crop[1])
+    return TF.resize(image, [round(height / ratio), round(width / ratio)], interpolation)
 
 
 def resize_size(config: Preprocessing) -> int | tuple[int, int]:
@@ -89,8 +82,10 @@ def resize_size(config: Preprocessing) -> int | tuple[int, int]:
 def resize_steps(config: Preprocessing) -> list[v2.Transform]:
     """Return the evaluation transforms that resize an image of any size to the model's."""
     interpolation, size = InterpolationMode(config.interpolation), resize_size(config)
-    whole = config.resize_mode == "squash" or isinstance(size, int)
-    resize = v2.Resize(size, interpolation) if whole else _Resize(*height_width(size), interpolation)
+    if config.resize_mode == "squash" or isinstance(size, int):
+        resize: v2.Transform = v2.Resize(size, interpolation)
+    else:
+        resize = v2.Lambda(partial(_covering, crop=size, interpolation=interpolation))
     if config.resize_mode == "squash" and config.crop_pct == 1:
         return [resize]
     return [resize, v2.CenterCrop(height_width(config.image_size))]

@@ -1,12 +1,11 @@
 """Models by name: the paper's, open_clip's that lit-clip supports, and two tiny ones for a first run.
 
-Sizes are from tables 19 and 20 of the paper, names from open_clip.
+Names and sizes are open_clip's; a test compares the paper's with its tables.
 """
 
 from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -17,23 +16,8 @@ from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
 from lit_clip.tools.text_files import parse_yaml
 
-
-def _text(width: int) -> TextTransformerConfig:
-    return TextTransformerConfig(width=width, heads=width // 64)
-
-
-# Tables 19 and 20. The paper's activation is QuickGELU; open_clip's names without -quickgelu mean GELU.
-_PAPER = {
-    "RN50": CLIPConfig(1024, ResNetConfig((3, 4, 6, 3), 64, 224), _text(512)),
-    "RN101": CLIPConfig(512, ResNetConfig((3, 4, 23, 3), 64, 224), _text(512)),
-    "RN50x4": CLIPConfig(640, ResNetConfig((4, 6, 10, 6), 80, 288), _text(640)),
-    "RN50x16": CLIPConfig(768, ResNetConfig((6, 8, 18, 8), 96, 384), _text(768)),
-    "RN50x64": CLIPConfig(1024, ResNetConfig((3, 15, 36, 10), 128, 448), _text(1024)),
-    "ViT-B-32": CLIPConfig(512, VisionTransformerConfig(patch_size=32), _text(512)),
-    "ViT-B-16": CLIPConfig(512, VisionTransformerConfig(patch_size=16), _text(512)),
-    "ViT-L-14": CLIPConfig(768, VisionTransformerConfig(224, 14, 1024, 24, 16), _text(768)),
-    "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, 1024, 24, 16), _text(768)),
-}
+# Tables 19 and 20 of the paper. Its activation is QuickGELU; open_clip's names without -quickgelu mean GELU.
+_PAPER = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336"]
 
 # Our own, for small images on a CPU: 8.2 and 17.7 million parameters, most of them in the token embedding.
 _TINY = {
@@ -51,21 +35,13 @@ def papers_models() -> list[str]:
     return list(_PAPER)
 
 
-@lru_cache(maxsize=1)
-def _own() -> dict[str, dict[str, Any]]:
-    models = {name: config.to_dict() for name, config in _TINY.items()}
-    for name, config in _PAPER.items():
-        models[name] = config.to_dict()
-        models[f"{name}-quickgelu"] = {**config.to_dict(), "activation": "quick_gelu"}
-    return models
-
-
 def list_models() -> list[str]:
     """List names for :func:`lit_clip.create_model` and ``--model.architecture``.
 
     Names of open_clip that are not listed work too if lit-clip supports that kind of model.
     """
-    return [*_own(), *(name for name in open_clip_names() if "SigLIP" in name)]
+    papers = [name for paper in _PAPER for name in (paper, f"{paper}-quickgelu")]
+    return [*_TINY, *papers, *(name for name in open_clip_names() if "SigLIP" in name)]
 
 
 def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -> CLIPConfig:
@@ -78,11 +54,11 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
         with suppress(yaml.YAMLError):
             with_external_settings(CLIPConfig.from_dict(parse_yaml(architecture)))  # says what is wrong
         raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
-    if architecture in _own():
-        return CLIPConfig.from_dict(_own()[architecture])
+    if architecture in _TINY:
+        return CLIPConfig.from_dict(_TINY[architecture].to_dict())
     if architecture in open_clip_names():
         return with_external_settings(from_open_clip(model_config(architecture), None, architecture))
-    names = {name.casefold(): name for name in [*open_clip_names(), *_own()]}
+    names = {name.casefold(): name for name in [*open_clip_names(), *_TINY]}
     near = get_close_matches(architecture.casefold(), names, n=1)
     hint = f"did you mean {names[near[0]]}?" if near else f"known: {', '.join(list_models())}"
     raise InputError(f"no model is called {architecture!r}; {hint}")

@@ -10,7 +10,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceImageConfig,
-    Preprocessing,
     Size,
     TextConfig,
     TextTransformerConfig,
@@ -31,8 +30,10 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
     assert preprocessing is not None
     if image_size is not None and height_width(image_size) != height_width(preprocessing.image_size):
         _not_custom(image, "image_size")
-        if preprocessing.max_patches is not None:
-            preprocessing = dataclasses.replace(preprocessing, max_patches=_budget(preprocessing, image_size))
+        if preprocessing.max_patches is not None and (patch := preprocessing.patch_size) is not None:
+            patches = math.prod(side // patch for side in height_width(image_size))
+            require(patches > 0, f"image_size: {image_size} holds no patch of {patch} pixels")
+            preprocessing = dataclasses.replace(preprocessing, max_patches=patches)
             image_size = preprocessing.image_size
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
@@ -49,14 +50,6 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
 def reads_padding(text: TextConfig) -> bool:
     """Return whether the features of every text depend on the context length (SigLIP)."""
     return isinstance(text, TextTransformerConfig) and text.padding_read > 0
-
-
-def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
-    """Return the number of NaFlex patches in an image of this size."""
-    assert preprocessing.patch_size is not None
-    patches = math.prod(side // preprocessing.patch_size for side in height_width(image_size))
-    require(patches > 0, f"image_size: {image_size} holds no patch of {preprocessing.patch_size} pixels")
-    return patches
 
 
 def _not_custom(tower: object, size: str) -> None:

@@ -34,14 +34,6 @@ _WORDS = regex.compile(
 )
 
 
-def vocabulary_file() -> Path:
-    """Return the merges file of the installed ``open-clip-torch``, without importing it (that takes seconds)."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("the BPE vocabulary comes with open-clip-torch, which is not installed")
-    return Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-
-
 def bytes_to_unicode() -> dict[int, str]:
     """Return GPT-2's printable stand-in for each byte, in CLIP's order of ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -52,7 +44,11 @@ def bytes_to_unicode() -> dict[int, str]:
 @lru_cache(maxsize=1)
 def byte_pair_tokenizer() -> Tokenizer:
     """Build CLIP's byte-pair encoding for texts that are already cleaned and split."""
-    with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as file:
+    spec = importlib.util.find_spec("open_clip")  # not imported, which takes seconds
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("the BPE vocabulary comes with open-clip-torch, which is not installed")
+    merges_file = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(merges_file, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
     merges = [(left, right) for left, right in (line.split() for line in lines)]
     symbols = list(bytes_to_unicode().values())

@@ -24,13 +24,6 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def activation_module(activation: Activation) -> nn.Module:
-    """Create the named activation."""
-    if activation == "quick_gelu":
-        return QuickGELU()
-    return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 class Attention(nn.MultiheadAttention):
     """Multi-head self-attention with PyTorch's parameters and initialisation; it calls the fused kernel directly."""
 
@@ -53,7 +46,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, activation: Activation, ratio: float = 4.0) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, int(ratio * width))
-        self.gelu = activation_module(activation)
+        tanh = "tanh" if activation == "gelu_tanh" else "none"
+        self.gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU(approximate=tanh)
         self.c_proj = nn.Linear(int(ratio * width), width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.layers import layer_groups
 from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.tools.console import duration
@@ -19,6 +20,7 @@ from lit_clip.training.frozen_features import versions_of
 from lit_clip.training.kept_memory import keep_freed_memory
 
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]
+DEEP = Freeze(UnlockLast(7), UnlockLast(1), batch_norm=True)  # for names of kinds, if there is time for all steps
 MOST_VERSIONS = 8  # augmented, of each image
 VALIDATIONS = 6  # of a run
 LEAST = 40  # steps for which blocks are trained: fewer only move what the heads alone have found
@@ -40,7 +42,7 @@ class Rule(NamedTuple):
 
 
 # Of names of kinds there are few, each of many images; a sentence is of one image or of few.
-KINDS = Rule("names of kinds", 64, 3e-4, 60_000, 3, 40)
+KINDS = Rule("names of kinds", 64, 3e-4, 60_000, 3, 120)
 SENTENCES = Rule("sentences", 192, 1e-3, 60_000, 10, 20)
 
 
@@ -94,7 +96,8 @@ class PretrainedEncoders(Recipe):
         rule, together = rule_for(facts), together_for(run)
         work = work_for(facts, rule, together, run.given_batch)
         work = work._replace(batch=run.given_batch or run.divisible(work.batch))
-        speeds = [(freeze, measure(module, data, precision, freeze, augmented)) for freeze in _levels(run)]
+        levels = _levels(run, rule)
+        speeds = [(freeze, measure(module, data, precision, freeze, augmented)) for freeze in levels]
         left = SHARE * seconds - run.seconds() - START
         plan = plan_for(facts, work, speeds, left, augmented)
         if plan.encoding + plan.training > left + (1 - SHARE) * seconds:
@@ -120,11 +123,13 @@ class PretrainedEncoders(Recipe):
         ]
 
 
-def _levels(run: Run) -> Sequence[Freeze]:
-    """Return the levels of freezing to choose from; only the user's, if one is set."""
-    if not run.is_given("model.freeze"):
-        return LEVELS
-    return [from_plain(Freeze, run.module.hparams["freeze"] or {}, "model.freeze")]
+def _levels(run: Run, rule: Rule) -> Sequence[Freeze]:
+    """Return the levels of freezing to choose from, the deepest first; only the user's, if one is set."""
+    if run.is_given("model.freeze"):
+        return [from_plain(Freeze, run.module.hparams["freeze"] or {}, "model.freeze")]
+    blocks = sum(group.name.startswith("blocks.") for group in layer_groups(run.module.model, "image"))
+    deep = rule is KINDS and blocks > cast(UnlockLast, DEEP.image).unlock_last
+    return [DEEP, *LEVELS] if deep else LEVELS
 
 
 def rule_for(facts: Facts) -> Rule:
@@ -155,8 +160,8 @@ def plan_for(
 ) -> Plan:
     """Return the plan that fits a time with most trainable blocks, then most steps and augmented versions.
 
-    Of ``speeds``, with the most trainable blocks first, the first is taken for which :data:`LEAST` steps fit.
-    If nothing fits the plan is the smallest.
+    Of ``speeds``, with the most trainable blocks first, the first is taken for which :data:`LEAST` steps fit; for
+    :data:`DEEP` all steps must. If nothing fits the plan is the smallest.
     """
     validated = facts.validation * facts.images / facts.pairs
     least = min(work.steps, LEAST)
@@ -175,7 +180,10 @@ def plan_for(
         training = steps * step + fixed
         return Plan(freeze, versions if augmented else 0, steps, encoding, training, encoding + training <= seconds)
 
-    level = next((each for each in speeds if planned(each, 1, least).fits), speeds[-1])
+    def fits(level: tuple[Freeze, Speed]) -> bool:
+        return planned(level, 1, work.steps if level[0] is DEEP else least).fits
+
+    level = next(filter(fits, speeds), speeds[-1])
     passes = max(1, work.steps * work.batch // work.samples)
     for versions in range(min(MOST_VERSIONS, passes) if augmented else 1, 1, -1):
         wanted = max(2, versions_of(facts.images, versions))  # rather than steps

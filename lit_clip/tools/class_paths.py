@@ -1,8 +1,14 @@
-"""Short class paths in settings: ``callbacks.EMA`` for ``lit_clip.callbacks.EMA``; the same for ``datamodules``."""
+"""Import what the user names: modules, and short class paths in settings.
+
+``callbacks.EMA`` is ``lit_clip.callbacks.EMA``; the same for ``datamodules``. A module that only a checkpoint names is
+never imported.
+"""
 
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
@@ -15,7 +21,7 @@ from jsonargparse import _typehints
 from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError
 
 SHORT = ("callbacks", "datamodules")
 # Files of an import, whose frames are no module's own code.
@@ -33,20 +39,11 @@ def full_name(path: str) -> str:
     try:
         import_object(f"lit_clip.{path}")
     except (AttributeError, ModuleNotFoundError):
-        if (found := find_spec(package)) is None:
+        if find_spec(package) is None:
             raise
-    else:
-        return f"lit_clip.{path}"
-    try:
         _imported(path)
-    except (AttributeError, ModuleNotFoundError):
-        own = Path(f"{package}.py").absolute()
-        require(
-            not own.exists() or str(own) == found.origin,
-            f"{path}: {found.origin} hides {own.name} of the working folder; rename the latter, such as my_{own.name}",
-        )
-        raise
-    return path
+        return path
+    return f"lit_clip.{path}"
 
 
 def find_object(path: str, check_path: bool = True) -> Any:
@@ -93,3 +90,44 @@ def short_names() -> Iterator[None]:
         yield
     finally:
         _typehints.__dict__.update(before)
+
+
+def import_modules(modules: Iterable[str], why: str) -> None:
+    """Import modules; errors of their own code are passed on."""
+    for module in modules:
+        parts = module.split(".")
+        if not all(part.isidentifier() for part in parts):
+            raise InputError(
+                f"{why}: {module!r} is no module's name; my_encoder.py in the working folder is my_encoder"
+            )
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in {".".join(parts[: i + 1]) for i in range(len(parts))}:
+                raise  # the module is there, and lacks one itself
+            raise InputError(
+                f"{why}: there is no module {module}; {parts[0]}.py must be in the working folder, {Path.cwd()}, or be "
+                "installed"
+            ) from error
+
+
+def find_working_folder() -> None:
+    """Add the working folder to the end of the import path, so that its modules shadow no others."""
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+
+
+def find_stubs_without_a_program() -> None:
+    """Give the search path to the parser's search for type stubs; it would start another Python for it.
+
+    That one starts in the working folder and imports what it finds there first: a ``json.py`` among somebody's images.
+    """
+    if find_spec("typeshed_client") is None:  # the parser does without
+        return
+    import typeshed_client
+
+    path = [Path(folder) for folder in sys.path if folder]
+    ask: Any = typeshed_client.get_search_context
+    if not isinstance(ask, partial):
+        setattr(typeshed_client, "get_search_context", partial(ask, search_path=path))  # noqa: B010  # its type is fixed

@@ -14,8 +14,6 @@ from typing import Any
 
 
 class _SharedModules(MetaPathFinder, Loader):
-    """Find ``package.x`` as ``lit_clip.package.x``."""
-
     def __init__(self, package: str) -> None:
         self.package = package
 

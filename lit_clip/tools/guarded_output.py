@@ -85,8 +85,6 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 class _Stderr:
-    """A stream that looks up ``sys.stderr`` at each write."""
-
     def write(self, text: str) -> None:
         sys.stderr.write(text)
 

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, Literal
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools import dicom
 from lit_clip.tools.levels import BANDS, BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
@@ -64,7 +63,8 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 @cache
 def _prepare() -> None:
     """Register DICOM files and arrays with Pillow, and ignore Pillow's varied warnings about readable files."""
-    dicom.register()
+    Image.preinit()  # DICOM comes after all formats that Pillow recognises by their first bytes
+    Image.register_open("DICOM", partial(_bands, "DicomFile"))
     Image.register_open("NPY", partial(_bands, "ArrayFile"), lambda start: start.startswith(b"\x93NUMPY"))
     Image.register_open("TIFF OF BANDS", partial(_bands, "TiffBands"), lambda start: start[:4] in TIFF)
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -79,7 +79,6 @@ def _bands(name: str, *given: Any) -> Any:
 
 @contextmanager
 def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
-    """Open an image without decoding it; raise :class:`BadSample` for any error inside."""
     _prepare()
     where = str(source) if where is None else where
     named_by_path = where == str(source)

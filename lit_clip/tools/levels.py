@@ -109,7 +109,6 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
-    """Return the levels that map to 0 and 255."""
     if not isinstance(window, dict):
         return float(window[0]), float(window[1])
     finite = values[np.isfinite(values)]

@@ -4,13 +4,9 @@ import errno
 import os
 import re
 import sys
-from contextlib import suppress
 from difflib import get_close_matches
-from multiprocessing.connection import wait
 from pathlib import Path
-from signal import SIGTERM, strsignal
 from traceback import walk_tb
-from types import ModuleType
 
 from lit_clip.errors import InputError
 from lit_clip.tools.class_paths import SHORT
@@ -20,7 +16,6 @@ UNION = "Does not validate against any of the Union subtypes"
 # Lines of jsonargparse's own in the list of a union's problems; any other is the message of a constructor.
 NO_REASON = ("Not a valid subclass", "Expected a", "a class path", "a dict ", "Type ", "Problem with", UNION)
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
-SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
 # The system's error, and torch's where a descriptor that a data worker sends does not arrive.
 MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
 # Other libraries' errors whose messages are for the user; a module that is not imported cannot have raised one.
@@ -59,13 +54,10 @@ HINTS = {
     r"Expected a dot import path": "name a class by its path, such as torch.optim.AdamW, or a file that holds settings",
     r"lr_scheduler.total_steps: must be given": "give total_steps the default None; the run passes its own",
 }
-# How a data worker was lost, by the start of the signal's name.
-LOST = {
-    "Killed": "was killed, probably because memory ran out; set num_workers or batch_size lower, or give the machine "
-    "or container more memory",
-    "Bus error": "ended with a bus error: shared memory (/dev/shm) is full, or a file that it was reading was cut off; "
-    "raise --shm-size of the container or set num_workers to 0",
-}
+WORKER = (
+    "a data worker was killed or crashed{}: set num_workers or batch_size lower if memory ran out, raise --shm-size of "
+    "the container if shared memory (/dev/shm) is full, or set num_workers to 0 to see at which file it crashes"
+)
 
 
 def one_line(error: BaseException) -> str:
@@ -83,10 +75,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _similar_names(text: str) -> list[str]:
-    """Suggest a class for a misspelt one, or a file of the working folder for a missing module.
-
-    A class is one of the same module, or a loss: ours, or one of a file in the working folder, which is not imported.
-    """
+    """Suggest a class of the same module for a misspelt one, or a file of the working folder for a missing module."""
     if missing := re.search(r"No module named '(\w+)'", text):
         return get_close_matches(missing[1], [file.stem for file in Path().glob("*.py")], n=1)
     found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
@@ -95,18 +84,8 @@ def _similar_names(text: str) -> list[str]:
     short = module.removeprefix("lit_clip.")
     module = short if short in SHORT else module
     homes = [sys.modules[home] for home in (module, f"lit_clip.{module}") if home in sys.modules]
-    known = {each: f"{module}.{each}" for home in homes for each in _public(home)}
-    for file in sorted(Path().glob("*.py")) if of_loss else ():
-        with suppress(OSError):
-            classes = re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            known |= {each: f"{file.stem}.{each}" for each in classes}
-    return [known[near] for near in get_close_matches(name, known, n=1)]
-
-
-def _public(module: ModuleType) -> list[str]:
-    """Return a module's public names, except for modules."""
-    names = {**dict.fromkeys(getattr(module, "__all__", ())), **vars(module)}  # some are imported when they are used
-    return [name for name, value in names.items() if name[0] != "_" and not isinstance(value, ModuleType)]
+    names = [each for home in homes for each in getattr(home, "__all__", None) or vars(home)]
+    return [f"{module}.{near}" for near in get_close_matches(name, names, n=1)]
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -114,15 +93,6 @@ def user_error(error: BaseException) -> BaseException | None:
 
     jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
-    try:
-        return _user_error(error)
-    except RuntimeError as late:  # torch's handler of SIGCHLD raises one wherever it is called, so here, too
-        if not LOST_WORKER.search(str(late)):
-            raise
-        return user_error(late)
-
-
-def _user_error(error: BaseException) -> BaseException | None:
     chain, text = [error], str(error)
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -132,9 +102,11 @@ def _user_error(error: BaseException) -> BaseException | None:
         return ours
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
     if isinstance(error, ValueError) and text.startswith(UNION):
+        named = re.search(r"class_path='([\w.]+)'", text)
         reasons = [line for line in re.findall(r"^ *- (.*)", text, re.MULTILINE) if not line.startswith(NO_REASON)]
+        reasons += [str(each) for each in chain if isinstance(each, ModuleNotFoundError)]  # of an optional package
         if reasons:
-            return InputError(reasons[0])
+            return InputError(f"{named[1]}: {reasons[0]}" if named else reasons[0])
     if known := _of_machine(error):
         return known
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
@@ -142,40 +114,15 @@ def _user_error(error: BaseException) -> BaseException | None:
 
 
 def _of_machine(error: BaseException) -> InputError | None:
-    """Return the error for a failed disk, process or data worker; None for anything else."""
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
-    signal = None
     if isinstance(error, OSError | EOFError):  # a worker that dies while it sends a batch closes its connection
-        signal = _signal_of_worker(error)
-    elif isinstance(error, RuntimeError):
-        for words, meaning in MEANINGS.items():
-            if found := re.search(words, str(error)):
-                return InputError(found.expand(meaning).replace("`", ""))
-        if lost := LOST_WORKER.search(str(error)):
-            named = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may name the signal
-            signal = named[1] or _signal_of_worker(error) or "Killed"
-    if signal is None:
-        return None
-    crashed = f"crashed ({signal}); set num_workers to 0 to see at which image or file"
-    return InputError(f"a data worker {next((LOST[name] for name in LOST if signal.startswith(name)), crashed)}")
-
-
-def _signal_of_worker(error: BaseException) -> str | None:
-    """Return the name of the signal that ended a data worker of the loader that raised the error.
-
-    torch's own message names it only where the signal arrives before the worker's connection closes, so not where the
-    system writes a core file in between. It is waited for up to twice ``SECONDS_FOR_CORE``.
-    """
-    frames = (frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "_try_get_data")
-    if (frame := next(frames, None)) is None:
-        return None
-    workers = getattr(frame.f_locals.get("self"), "_workers", ())
-    ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
-    for each in workers:
-        if each.sentinel in ended:
-            each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
-    by_signal = (-code for each in workers if (code := each.exitcode) and code < 0)
-    return next((strsignal(code) for code in by_signal if code != SIGTERM), None)  # SIGTERM is the loader's
+        receiving = any(frame.f_code.co_name == "_try_get_data" for frame, _ in walk_tb(error.__traceback__))
+        return InputError(WORKER.format("")) if receiving else None
+    for words, meaning in MEANINGS.items() if isinstance(error, RuntimeError) else ():
+        if found := re.search(words, str(error)):
+            return InputError(found.expand(meaning).replace("`", ""))
+    lost = LOST_WORKER.search(str(error))
+    return InputError(WORKER.format(f" ({lost[1]})" if lost[1] else "")) if lost else None

@@ -95,7 +95,6 @@ def _problem(text: str) -> str:
 
 
 def _settings_in(given: str, names: list[str]) -> int:
-    """Return how many of these settings a printed namespace or dictionary contains."""
     return sum(f"{name}=" in given or f"'{name}': " in given for name in names)
 
 

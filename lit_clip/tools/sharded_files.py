@@ -11,7 +11,9 @@
 :func:`lit_clip.tools.weight_files.read_sharded` opens one, and checks everything in it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +25,6 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import Count, shortened, wrong_value
 
@@ -50,6 +51,18 @@ def no_rows(name: str, rows: int) -> range:
 def rows_of_weights(name: str, rows: int) -> range:
     """Read everything except an optimiser's states."""
     return range(0 if name.startswith("optimizer_states/") else rows)
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a CPU tensor that takes memory page by page when written to, and frees it with the tensor.
+
+    ``torch.zeros`` writes to them at once, and what malloc has it may keep.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.zeros(tuple(shape), dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(torch.Size(shape))
 
 
 class ShardedTensor(msgspec.Struct, forbid_unknown_fields=True):
@@ -190,7 +203,6 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def _place(values: Any, path: str) -> tuple[Any, Any]:
-    """Return the mapping or list that contains a path's value, and its key there."""
     *above, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
     for key in above:
         values = values[_key(values, key)]

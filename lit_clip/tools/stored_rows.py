@@ -80,7 +80,6 @@ class StoredRows:
 
     @classmethod
     def _holds(cls, folder: Path, wanted: tuple[int, tuple[int, ...], torch.dtype]) -> bool:
-        """Return whether intact files of these rows exist."""
         try:
             found = cls(folder)
         except InputError:
@@ -116,7 +115,6 @@ class StoredRows:
                 yield len(part), len(damaged)
 
     def _damaged(self, rows: np.ndarray) -> list[int]:
-        """Return the rows with other values than were written."""
         size = self._row_bytes
         found = ((row, read_at(self._file, size, row * size)) for row in rows.tolist())
         return [row for row, data in found if _digest(row, data) != self._state[row]]

@@ -17,14 +17,12 @@ trainer restores beside the model is in :mod:`lit_clip.training.lightning.resume
 """
 
 import dataclasses
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from types import UnionType
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
 import msgspec
 import yaml
@@ -203,40 +201,3 @@ def shortened(value: Any) -> str:
     huge = isinstance(value, int) and abs(value) > LARGEST
     text = f"of {value.bit_length()} bits" if huge else ends_without_secrets(repr(value))
     return text if len(text) <= 80 else f"{text[:80]} ..."
-
-
-def hints_of(target: Any) -> dict[str, Any]:
-    """Return the types of a class's or function's arguments: ``Any`` without one, a text if unresolved."""
-    parameters = inspect.signature(target).parameters.values()
-    hints = {each.name: Any if each.annotation is each.empty else each.annotation for each in parameters}
-    try:
-        return hints | get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # imported for type checkers alone
-        return hints
-
-
-def matches_plain_type(value: Any, hint: Any) -> bool:
-    """Return whether a file's value fits an argument without making the command line's parser look anything up.
-
-    The parser imports what a text names where a class or a callable is wanted, and reads it as a file for a mapping.
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(matches_plain_type(value, each) for each in inner)
-    if dataclasses.is_dataclass(hint) or origin is dict:
-        if not isinstance(value, Mapping):
-            return False
-        kinds = dict.fromkeys(value, inner[1]) if origin is dict else hints_of(hint)
-        return value.keys() <= kinds.keys() and all(matches_plain_type(value[name], kinds[name]) for name in value)
-    if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(
-            any(matches_plain_type(item, each) for each in inner) for item in value
-        )
-    if hint is Any:
-        return value is None or type(value) in (bool, int, float)
-    if hint not in (bool, int, float, str, type(None)) and origin is not Literal:
-        return False
-    with suppress(InputError):
-        convert(value, Finite if hint is float else hint)
-        return True
-    return False

@@ -5,7 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, similar_file
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import (
     INDEX,
@@ -146,32 +146,17 @@ def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
     return values
 
 
-def _newest() -> str:
-    """Return a hint at the newest checkpoint among the runs below the working folder."""
-    newest = _newest_of(Path().glob("runs/*/*/checkpoints/*.ckpt"))
-    return f"; the newest here is {newest}" if newest else ""
-
-
-def _newest_of(files: Iterable[Path]) -> Path | None:
-    """Return the newest of the files, or the last checkpoint of the same run."""
-    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    last = newest and newest.with_name("last.ckpt")
-    return last if last and last.exists() else newest
-
-
-def _in_folder(folder: Path) -> str:
-    """Return an error text that suggests a checkpoint in a folder, often a run's."""
-    newest = _newest_of([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
-    such = f"; name a file in it, such as {newest}" if newest else f" without {INDEX}; name a file"
-    return f"is a folder{such}"
-
-
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
     """Turn any error about a user's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
         if not (path.is_file() or is_sharded(path)):
-            raise InputError(f"{path}: {_in_folder(path) if path.is_dir() else f'no such checkpoint file{_newest()}'}")
+            if not path.is_dir():
+                raise InputError(f"{path}: no such checkpoint file{similar_file(path)}")
+            files = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
+            newest = max(files, key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime), default=None)
+            such = f"; name a file in it, such as {newest}" if newest else f" without {INDEX}; name a file"
+            raise InputError(f"{path}: is a folder{such}")
         try:
             if zipfile.is_zipfile(path):  # torch's hold their tensors uncompressed
                 with zipfile.ZipFile(path) as archive:

@@ -1,8 +1,12 @@
-"""Number of pairs in each batch, if the data module guarantees it."""
+"""What the pairs of a batch share: their number on all ranks, if it is guaranteed, and their images."""
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.tools.hardware import to_device
 
 # The methods by which a batch may get hard negatives.
 MAKE_BATCHES = (
@@ -41,3 +45,14 @@ def _makes_batches(*owners: Any) -> bool:
     methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
     packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
     return not packages <= OURS
+
+
+def images_once(batch: CaptionBatch) -> CaptionBatch:
+    """Return an evaluation batch with each image once; pairs with equal keys have the same image."""
+    row_of: dict[str, int] = {}
+    image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
+    if batch.image_of is not None or len(row_of) == len(image_of):
+        return batch
+    first = [image_of.index(row) for row in range(len(row_of))]
+    images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
+    return batch._replace(images=batch.images[images], image_of=own)

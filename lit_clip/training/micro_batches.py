@@ -18,7 +18,7 @@ from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
-from lit_clip.training.images_once import images_once
+from lit_clip.training.even_batches import images_once
 
 HARD_NEGATIVES = (
     "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out "

@@ -6,15 +6,15 @@ from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.losses.loss import Pairs
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.clip import CLIP
-from lit_clip.training.encode_again import encode_again
+from lit_clip.training.encode_again import EncodesAgain
 
 NAME = "other_image"  # of the uint8 images in CaptionBatch.extra
 
 
-class OtherImageContrastive(Loss):
+class OtherImageContrastive(EncodesAgain):
     """Symmetric softmax loss between each image and its other image (``data.images.per_thing: two``).
 
     The other image is another photograph of the same thing, or the image augmented a second time (SLIP, Mu et al.
@@ -30,22 +30,18 @@ class OtherImageContrastive(Loss):
     def __init__(self, texts: bool = False) -> None:
         super().__init__()
         self.texts = texts
-        self.model: tuple[CLIP] | None = None  # not a part: its parameters are the module's
 
     def prepare(self, model: CLIP) -> None:
-        trained = any(parameter.requires_grad for parameter in model.visual.parameters())
-        frozen = "model.loss: OtherImageContrastive trains the image encoder, which is frozen; leave one of them out"
-        require(trained, frozen)
-        self.model = (model,)
+        self.require_trained_images(model)
+        super().prepare(model)
 
     def forward(self, pairs: Pairs) -> Tensor:
-        assert self.model is not None, "call prepare first"
         B, D = pairs.image.shape  # Matryoshka's have fewer channels
         there = not B or NAME in pairs.batch.extra
         none = "model.loss: OtherImageContrastive: the data have no other images; set data.images.per_thing to two"
         require(there, none)
         images = [part.extra.get(NAME, part.images) for part in pairs.parts]  # a placeholder has none
-        other_BD = unit(encode_again(self.model[0], _encode, images)[:B, :D])
+        other_BD = unit(self.encode(_encode, images)[:B, :D])
         layout = PairLayout(pairs.ranks, pairs.ids(), "ignored")
         loss = sharded_contrastive_loss(pairs.image, other_BD, pairs.scale, layout).loss
         if self.texts:

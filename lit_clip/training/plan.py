@@ -26,9 +26,6 @@ from lit_clip.training.optimizers import state_per_weight
 from lit_clip.training.schedules import batches_per_epoch, resumed_after, total_steps
 from lit_clip.training.summary import print_trained
 
-SEVERAL = 2  # rows of an image, on average
-FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
-SMALL_DATA = 60_000  # training from scratch with up to 50,000;
 PAPER_BATCH = 32_768  # table 18
 PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
 PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
@@ -61,7 +58,6 @@ class RunPlan:
     checkpointed: float  # share of the blocks that compute their activations again
     steps_per_epoch: int | None
     steps: int | None  # of the whole run
-    pairs: int | None  # for training
     warmup: int | None  # steps; None for a schedule without that setting
     learning_rate: float  # the highest
     parts: dict[str, Description]  # optimizer, lr_scheduler and loss
@@ -72,9 +68,7 @@ class RunPlan:
     max_epochs: int | None
     trial: bool = False  # a fast_dev_run, whose settings need not agree
     device: str = "cpu"  # its type
-    rows_per_image: float | None = None  # training pairs of one image in an epoch, on average
     captions: float = 1.0  # of an image in a step, on average; above 1 the numbers of pairs here are those of images
-    pretrained_encoders: bool = False  # whether both start from weights of their own
 
     @property
     def world(self) -> int:
@@ -144,7 +138,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     To be called before the strategy wraps the module: the sizes of shards say nothing.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    per_epoch, source = batches_per_epoch(trainer), getattr(data, "train_source", None)
+    per_epoch = batches_per_epoch(trainer)
     hparams, parts, model = module.hparams, module.parts, module.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
@@ -163,21 +157,16 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer, *resumed_after(trainer)),
-        pairs=None if source is None else getattr(source, "pairs_per_epoch", len(source)),
         warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
         learning_rate=module.optimization.lr,
         parts=parts,
         moments=state_per_weight(module.optimization.optimizer),
         pretrained=module.starts_trained,
-        pretrained_encoders=all(
-            getattr(tower, "pretrained", False) for tower in (model.config.image, model.config.text)
-        ),
         own_rates=bool(hparams.lora)
         or any((module.optimization.rates or Rates()).of(tower).lr != 1 for tower in TOWERS),
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
         device=trainer.strategy.root_device.type,
-        rows_per_image=getattr(data, "rows_per_image", None),
         captions=getattr(data, "captions_per_image", 1.0),
     )
 
@@ -237,7 +226,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
     work = "unknown; an encoder cannot be counted"
     if plan.flops is not None:
-        forward, training = map(_short, plan.flops)
+        forward, training = (_scaled(number, 1000, ["", "k", "M", "G", "T"]) for number in plan.flops)
         work = f"{forward} forward, {training} in training ({plan.passes:g} x); texts of full length"
     rows.append(("FLOPs per pair", work))
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
@@ -256,15 +245,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
         rows.append(("warm-up", f"{plural(plan.warmup, 'step')}, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
-        rows.append((f"{_unit(plan)} seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
-    if (plan.rows_per_image or 0) >= SEVERAL:
-        rows.append(("captions", _several_captions(plan)))
-    if (
-        plan.pairs is not None
-        and plan.pairs <= SMALL_DATA
-        and not (plan.pretrained or plan.pretrained_encoders or plan.frozen)
-    ):
-        rows.append((f"training {_unit(plan)}", _small_data(plan.pairs)))
+        rows.append((f"{_unit(plan)} seen", f"{plan.steps * plan.global_batch:,}"))
     titles = {"loss": "loss", "optimizer": "optimiser", "lr_scheduler": "schedule"}
     return rows + [(title, shown(plan.parts[name])) for name, title in titles.items()]
 
@@ -279,29 +260,6 @@ def _pairs_a_step(plan: RunPlan) -> str:
 
 def _unit(plan: RunPlan) -> str:
     return "images" if plan.captions > 1 else "pairs"
-
-
-def _left_out(plan: RunPlan) -> str:
-    if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
-        return ""
-    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
-
-
-def _several_captions(plan: RunPlan) -> str:
-    times = f"{plan.rows_per_image:.2g}"
-    return (
-        f"{times} of each image on average, so an epoch passes it {times} times; --data.captions.per_image one passes "
-        "it once, in each epoch with another caption, and together once with all of them"
-    )
-
-
-def _small_data(pairs: int) -> str:
-    few = " are few: pretrained encoders name new images far better (docs/encoders.md)" if pairs <= FEW_PAIRS else ""
-    return f"{pairs:,}{few}; from scratch RN-tiny-64 learned most (docs/evidence/recipes.md)"
-
-
-def _short(number: float) -> str:
-    return _scaled(number, 1000, ["", "k", "M", "G", "T"])
 
 
 def _bytes(number: float) -> str:

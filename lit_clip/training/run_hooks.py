@@ -30,11 +30,11 @@ from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkp
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.even_batches import even_batches
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
-from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered
 from lit_clip.training.lightning.fsdp import compute_missing_batches
 from lit_clip.training.lightning.loop_counts import enter_epoch, resumed_counts, settle_counts
 from lit_clip.training.lightning.resume_checks import check_same_parts
-from lit_clip.training.lightning.signals import add_flags, note_flags
+from lit_clip.training.lightning.run_folder import claim_folders, note_unnumbered
+from lit_clip.training.lightning.signals import signals_of
 from lit_clip.training.lightning.strategies import (
     keep_gradients_in_buckets,
     synchronise_batch_norm,
@@ -228,11 +228,13 @@ class RunHooks(LightningModule):
         """
         metrics, self._step_metrics = self._step_metrics or {}, None
         world = distributed.rank_and_world()[1]
-        flags = add_flags(self.trainer, numbers) if world > 1 else []
+        signals = signals_of(self.trainer) if world > 1 else None
+        flags = signals.flags(numbers) if signals else []
         own = [value.to(numbers.device).reshape(1) for value in metrics.values()]
         total = distributed.sum_over_ranks(torch.cat([numbers, *flags, *own]), numbers.device)
         summed, received, of_metrics = total.split([len(numbers), len(flags), len(own)])
-        note_flags(self.trainer, received)
+        if signals:
+            signals.note(received)
         for name, mean in zip(metrics, (of_metrics / world).unbind(), strict=True):
             self.log(name, mean)
         return summed

@@ -16,7 +16,6 @@ from lit_clip.tools.console import Console
 from lit_clip.training.lightning.run_folder import newest_config, shown
 
 RECALL = "val/mean_recall"
-FEW = 100  # validation pairs, below which one of them is more than a point of recall
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
@@ -31,13 +30,12 @@ def print_summary(
     metrics: Mapping[str, Tensor],
     baselines: Mapping[str, float],
     before: Mapping[str, float] | None = None,
-    pairs: int = 0,
     alike: str = "",
 ) -> None:
     """Print a table of the logged validation metrics with their baselines, unless it would be empty.
 
-    Metrics of ``before``, from before training, add two columns: the value before and the change. Of fewer than
-    :data:`FEW` validation pairs it says how much one of them counts, and that recalls of ``alike`` features are void.
+    Metrics of ``before``, from before training, add two columns: the value before and the change. A note says that
+    recalls of ``alike`` features are void.
     """
     table = _table("Results", "metric", "value", "baseline", *(("before", "change") if before else ()))
     # recall@5 before recall@10
@@ -45,9 +43,7 @@ def print_summary(
     names = sorted((name for name in metrics if not name.startswith(("train/", "lr-"))), key=natural.__getitem__)
     for name in names:
         value = float(metrics[name])
-        scale = 1
-        form = ".4f"
-        unit = ""
+        scale, form, unit = 1, ".4f", ""
         if name in baselines and not name.endswith("/loss"):  # a share
             scale, form, unit = 100, ".2f", " %"
         row = [name, f"{scale * value:{form}}{unit}"]
@@ -60,8 +56,6 @@ def print_summary(
         notes.append("merged: captions repeat, and equal ones count as one")
         if RECALL in names:
             notes.append("val/mean_recall is the one number to compare: the mean of merged recalls")
-    if 0 < pairs < FEW and any(name.startswith("val/") for name in names):
-        notes.append(f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall")
     if alike:
         notes.append(f"all {alike} have the same features: the recalls say nothing")
     table.caption = "\n".join(notes) or None
@@ -88,33 +82,16 @@ def print_trained(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None
     Console().print(table)
 
 
-def print_next_steps(
-    checkpoint: Path,
-    folder: Path | None,
-    curves: Sequence[str],
-    best: Mapping[str, Path] | None = None,
-    note: str = "",
-) -> None:
-    """Print where a run's results are and how to see them again; the last lines name the best model."""
+def print_next_steps(checkpoint: Path, folder: Path | None, lines: Sequence[str] = ()) -> None:
+    """Print where a run's results are, how to validate again, and further lines that are not empty."""
     console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
-    config = newest_config(folder)
     if folder:
         console.print(f"logs and images: {shown(folder)}")
-    if config:
+    if config := newest_config(folder):
         console.print(f"validate again: {_command('validate', config, checkpoint)}")
-    for line in curves:
-        console.print(f"curves: {line}")
-    if note:
-        console.print(note)
-    for metric, file in (best or {}).items():
-        console.print(f"best {metric}: {shown(file)}")
-
-
-def print_preferred(checkpoint: Path, pairs: int) -> None:
-    """Print that the last checkpoint is preferable, because too few pairs chose the best one."""
-    told = f"{pairs} pairs to validate are too few to tell the best model; take {shown(checkpoint)}"
-    Console(soft_wrap=True).print(told)
+    for line in filter(None, lines):
+        console.print(line)
 
 
 def resume_command(checkpoint: Path, folder: Path | None) -> str:

@@ -10,13 +10,13 @@ from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, LossValue, Pairs, evaluate_loss
 from lit_clip.models.clip import CLIP
-from lit_clip.training.encode_again import encode_again
+from lit_clip.training.encode_again import EncodesAgain
 
 NAME = "title"  # of the int64 tokens in CaptionBatch.extra
 SPEED = 10  # Adam's steps have the size of the learning rate, which suits weights of layers: a logit needs larger ones
 
 
-class WithTitle(Loss):
+class WithTitle(EncodesAgain):
     """Apply a loss with an image and its title as one vector, and captions as queries (``data.columns.title``).
 
     The vector is the sum of ``1 - w`` times the image's unit features and ``w`` times the title's, scaled to unit
@@ -36,7 +36,6 @@ class WithTitle(Loss):
         require(within, f"model.loss: WithTitle.text_weight {text_weight} must be above 0 and below 1")
         self.loss, self.text_weight = loss, text_weight
         self.logit = nn.Parameter(torch.tensor(math.log(text_weight / (1 - text_weight)) / SPEED))
-        self.model: tuple[CLIP] | None = None  # not a part: its parameters are the module's
 
     @property
     def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner loss's
@@ -44,15 +43,14 @@ class WithTitle(Loss):
 
     def prepare(self, model: CLIP) -> None:
         self.loss.prepare(model)
-        self.model = (model,)
+        super().prepare(model)
 
     def forward(self, pairs: Pairs) -> LossValue:
-        assert self.model is not None, "call prepare first"
         B, D = pairs.image.shape  # Matryoshka's have fewer channels
         there = not B or NAME in pairs.batch.extra
         require(there, "model.loss: WithTitle: the data have no titles; set data.columns.title")
         tokens = [part.extra.get(NAME, part.tokens) for part in pairs.parts]  # a placeholder has none
-        title_BD = unit(encode_again(self.model[0], CLIP.encode_text, tokens)[:B, :D])
+        title_BD = unit(self.encode(CLIP.encode_text, tokens)[:B, :D])
         weight = torch.sigmoid(SPEED * self.logit)
         mixed_BD = unit(torch.lerp(pairs.image, title_BD, weight))
         value = evaluate_loss(self.loss, replace(pairs, image=mixed_BD))

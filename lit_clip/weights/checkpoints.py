@@ -4,9 +4,8 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 from tokenizers import Tokenizer
@@ -24,7 +23,7 @@ from lit_clip.models.size import Size, TokenID
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.parts import plain
 from lit_clip.tools.reading import naming, reason
-from lit_clip.tools.untrusted import Count, check_fields, check_names_nothing, convert, entries, from_plain
+from lit_clip.tools.untrusted import Count, check_names_nothing, convert, entries, from_plain
 from lit_clip.tools.weight_files import Source, is_path
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
@@ -56,6 +55,14 @@ class _Part(TypedDict):
 class _Base(TypedDict):
     pretrained: str
     sha256: str
+
+
+class _Tokenizer(TypedDict):
+    """See :meth:`HuggingFaceTokenizer.to_dict`."""
+
+    definition: str
+    pad_id: TokenID
+    stripped_id: NotRequired[TokenID]
 
 
 _PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
@@ -91,18 +98,6 @@ def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     return typed
 
 
-@dataclass
-class SavedTokenizer:
-    """A checkpoint's entry for a tokenizer, see :meth:`HuggingFaceTokenizer.to_dict`."""
-
-    definition: str
-    pad_id: TokenID
-    stripped_id: TokenID | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "tokenizer")
-
-
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
     """Return the checkpoint if it has weights and an architecture, and its settings obey the rules for files."""
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
@@ -125,12 +120,12 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         problem = _problem(checkpoint, hparams, config)
         if problem:
             raise InputError(problem)
-    for tower, class_path in custom_encoders(config):
-        named = f"{path}: its {tower} encoder is {class_path}"
-        if class_path.partition(".")[0] in _LIBRARIES:  # whose classes take as much memory as the file says
-            raise InputError(f"{named}, which is a layer of a library")
-        if find_class(class_path) is None:
-            raise InputError(f"{named}; {how_to_import(class_path)}")
+        for tower, class_path in custom_encoders(config):
+            named = f"its {tower} encoder is {class_path}"
+            if class_path.partition(".")[0] in _LIBRARIES:  # whose classes take as much memory as the file says
+                raise InputError(f"{named}, which is a layer of a library")
+            if find_class(class_path) is None:
+                raise InputError(f"{named}; {how_to_import(class_path)}")
     if "base" in checkpoint:
         checkpoint["hyper_parameters"] = {**hparams, "pretrained": _found_base(hparams.get("pretrained"), path)}
     return checkpoint
@@ -187,23 +182,21 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
     """Return the tokenizer in a checkpoint; None for CLIP's own."""
-    entry, text = checkpoint.get("tokenizer"), config.text
+    text, entry = config.text, convert(checkpoint.get("tokenizer"), _Tokenizer | None, "tokenizer")
     if entry is None or text.tokenizer is None:
         return None
-    saved = from_plain(SavedTokenizer, entry, "tokenizer")
+    definition, pad_id = entry["definition"], entry["pad_id"]
     whole = isinstance(text, TextTransformerConfig) and text.padding_read > 0
-    stripped_id = saved.stripped_id if text.tokenizer.strip_sep_token else None
+    stripped_id = entry.get("stripped_id") if text.tokenizer.strip_sep_token else None
     if stripped_id is None and text.tokenizer.strip_sep_token:
         raise InputError("its tokenizer has no separator to strip")
+    settings = (definition, pad_id, text.tokenizer.clean, text.context_length, whole, stripped_id)
     try:
-        result = HuggingFaceTokenizer(
-            saved.definition, saved.pad_id, text.tokenizer.clean, text.context_length, whole, stripped_id
-        )
-        ids = Tokenizer.from_str(saved.definition)
+        result, ids = HuggingFaceTokenizer(*settings), Tokenizer.from_str(definition)
     except Exception as error:  # a definition from a file: `tokenizers` raises bare Exceptions
         raise InputError(f"its tokenizer cannot be created ({reason(error)})") from error
     vocab_size = getattr(text, "vocab_size", None) or (getattr(text, "model", None) or {}).get("vocab_size")
-    check_ids(ids, saved.pad_id, vocab_size if isinstance(vocab_size, int) else sys.maxsize, "its tokenizer")
+    check_ids(ids, pad_id, vocab_size if isinstance(vocab_size, int) else sys.maxsize, "its tokenizer")
     return result
 
 

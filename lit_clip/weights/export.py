@@ -6,8 +6,6 @@ The tools take seconds to import, or are optional, so functions import them.
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -23,7 +21,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, height_width
 from lit_clip.models.custom import CustomTextEncoder
-from lit_clip.models.patches import Patches, unpacked
+from lit_clip.models.patches import unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.bands import banded
@@ -102,13 +100,10 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = N
         float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
-        None if head is None else _head_difference(model, sample, reading, head),
+        None
+        if head is None or reading.probabilities is None
+        else float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max()),
     )
-
-
-def _head_difference(model: CLIP, sample: ExportSample, reading: Reading, head: Any) -> float:
-    assert reading.probabilities is not None
-    return float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max())
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -118,13 +113,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
 
 
-def naflex_format(model: CLIP) -> str:
-    """Return advice on the format for a model of NaFlex patches."""
-    try:
-        hugging_face_kind(model.config)
-    except InputError as error:
-        return f"no format holds this model, since for hugging_face {error}"
-    return "use hugging_face"
+NAFLEX = "only hugging_face has NaFlex's patches"
 
 
 def save_json(values: dict[str, Any], path: Path) -> None:
@@ -139,7 +128,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
     """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once it is uploaded."""
     ours = model.preprocessing
     require(ours.bands == 3, f"open_clip's transform reads 3 bands, the model {ours.bands}; use onnx")
-    require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {naflex_format(model)}")
+    require(ours.max_patches is None, f"open_clip: {NAFLEX}")
     text = model.config.text
     values = {
         "model_cfg": open_clip_model(model),
@@ -195,8 +184,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
         values, state = to_hugging_face(model)
         processor = image_processor(model.preprocessing, f"{library_name(kind)}ImageProcessor")
     except InputError as error:
-        naflex = model.preprocessing.max_patches is not None
-        instead = "no format holds it, since the others have no NaFlex patches" if naflex else "use open_clip or onnx"
+        instead = "use open_clip or onnx" if model.preprocessing.max_patches is None else NAFLEX
         raise InputError(f"hugging_face cannot represent this model: {error}; {instead}") from error
     save_json(values, folder / "config.json")
     save_weights(state, folder / "model.safetensors")
@@ -219,7 +207,10 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
         # By Pillow, as in training: torch's resampling differs from it by up to two levels.
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
-    images = siglip2_inputs(unpacked(sample.pixels)) if kind == "siglip2" else {"pixel_values": sample.pixels}
+    images = {"pixel_values": sample.pixels}
+    if kind == "siglip2":
+        patches, places, valid = unpacked(sample.pixels)
+        images = {"pixel_values": patches, "pixel_attention_mask": valid, "spatial_shapes": places.amax(dim=1) + 1}
     out = model(input_ids=sample.tokens, **images)
     ours = read_json(folder / "preprocessor_config.json")
     inputs = processor(
@@ -241,12 +232,6 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         pixels = torch.where(valid, pixels, sample.pixels[:, 1:]) if same else torch.full_like(pixels, torch.inf)
         pixels = torch.cat([sample.pixels[:, :1], pixels], dim=1)
     return Reading(out.image_embeds, out.text_embeds, pixels, tokens)
-
-
-def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
-    """Return patches in the form that a ``Siglip2Model`` reads."""
-    shapes = patches.patch_coord.amax(dim=1) + 1
-    return {"pixel_values": patches.patches, "pixel_attention_mask": patches.patch_valid, "spatial_shapes": shapes}
 
 
 # ONNX
@@ -318,9 +303,7 @@ def write_onnx(model: CLIP, folder: Path, head: Any = None) -> None:
 
 def check_traceable(model: CLIP, format: str) -> None:
     """Raise :class:`InputError` if a graph cannot hold the encoders, or their inputs."""
-    if model.preprocessing.max_patches is not None:
-        problem = "whoever runs the graph would have to cut NaFlex's patches"
-        raise InputError(f"{format}: {problem}; {naflex_format(model)}")
+    require(model.preprocessing.max_patches is None, f"{format}: {NAFLEX}")
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"{format}: the text encoder {type(model.text_encoder.encoder).__name__}"
         require(not model.text_encoder.reads_lengths, f"{where} reads its texts' lengths, which no graph can")
@@ -351,9 +334,6 @@ def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
     }
 
 
-OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
-
-
 def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: list[int]) -> list[list[Tensor]]:
     """Run a folder's ONNX files with onnxruntime on the CPU in batches of these sizes; return each file's outputs.
 
@@ -361,9 +341,6 @@ def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: lis
     """
     import onnxruntime
 
-    command = [sys.executable, "-P", "-c", OPEN, *(str(folder / file) for file in inputs)]
-    status = subprocess.run(command, capture_output=True, check=False).returncode
-    require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
     outputs = []
     for file, (name, values) in inputs.items():
         session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])

@@ -31,7 +31,9 @@ def fingerprint(model: CLIP) -> Fingerprint:
     weights = _combined(tensors)
     settings = sorted(described(model.config).items())
     whole = _combined((weights, settings))
-    return Fingerprint(whole, weights, _image_digest(settings, tensors), _text_digest(model, tensors))
+    of_images = [each for each in settings if not each[0].startswith(("text", "logit"))]
+    image = _combined((of_images, [tensor for tensor in tensors if tensor[0].startswith("visual.")]))
+    return Fingerprint(whole, weights, image, _text_digest(model, tensors))
 
 
 def weights_sha256(model: CLIP) -> str:
@@ -49,11 +51,6 @@ def text_sha256(model: CLIP) -> str:
     return _text_digest(model, _digests({name: value for name, value in model.state_dict().items() if _is_text(name)}))
 
 
-def _image_digest(settings: list[tuple[str, Any]], tensors: list[tuple[str, str]]) -> str:
-    of_images = [each for each in settings if not each[0].startswith(("text", "logit"))]
-    return _combined((of_images, [tensor for tensor in tensors if tensor[0].startswith("visual.")]))
-
-
 def _text_digest(model: CLIP, tensors: list[tuple[str, str]]) -> str:
     config = model.config
     settings = (asdict(config.text), config.activation, config.embed_dim)
@@ -65,7 +62,6 @@ def _is_text(name: str) -> bool:
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Return each tensor's name with its SHA-256, in name order."""
     return [(name, _tensor_sha256(value)) for name, value in sorted(tensors.items())]
 
 

@@ -5,6 +5,8 @@ Both libraries take seconds to import, so they are imported on use.
 
 import dataclasses
 import glob
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,8 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, CLIPConfig
 from lit_clip.models.registry import resolve_architecture
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import checked_commit, guard_hub, is_relative
 from lit_clip.tools.reading import first_line
-from lit_clip.tools.remote_names import checked_commit, is_relative
 
 # Files that a model needs beside its weights.
 _SMALL = [
@@ -25,27 +26,38 @@ _SMALL = [
 
 def download(name: str) -> Path:
     """Download configuration, tokenizer and weights of ``org/name``, and return their folder in the hub's cache."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    guard_hub()
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=_SMALL))
-        checked_commit(folder.name)  # without a network it is what a file of the cache says
+    with _hub(name) as snapshot:
+        folder = snapshot(name, _SMALL)
         indices = {path.name for path in folder.glob("*.index.json")}
         if indices and not (folder / "open_clip_config.json").exists():
             safe = indices != {"pytorch_model.bin.index.json"}
-            return Path(snapshot_download(name, allow_patterns=["*.safetensors" if safe else "pytorch_model-*.bin"]))
+            return snapshot(name, ["*.safetensors" if safe else "pytorch_model-*.bin"])
         for weights in OPEN_CLIP_WEIGHTS:
-            try:
+            with suppress(EntryNotFoundError):  # includes LocalEntryNotFoundError: not in the cache
                 hf_hub_download(name, weights)
-            except EntryNotFoundError:  # includes LocalEntryNotFoundError: not in the cache
-                continue
-            return folder
+                return folder
+    raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
+
+
+@contextmanager
+def _hub(name: str) -> Iterator[Callable[[str, list[str]], Path]]:
+    """Give a function that downloads files of a repository; the hub's errors become one line."""
+    from huggingface_hub import snapshot_download
+
+    def snapshot(repository: str, patterns: list[str]) -> Path:
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        checked_commit(folder.name)  # without a network it is what a file of the cache says
+        return folder
+
+    guard_hub()
+    try:
+        yield snapshot
     except Exception as error:  # no network, no such name, or a malformed answer
         words = first_line(error)
         raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
-    raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
 
 def is_file(name: str) -> bool:
@@ -57,16 +69,9 @@ def is_file(name: str) -> bool:
 
 def download_file(name: str) -> Path:
     """Download ``org/name/file.pt``, and return the file in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
     organisation, repository, file = name.split("/", 2)
-    guard_hub()
-    try:
-        folder = Path(snapshot_download(f"{organisation}/{repository}", allow_patterns=[glob.escape(file)]))
-        checked_commit(folder.name)
-    except Exception as error:  # as for a whole repository
-        words = first_line(error)
-        raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
+    with _hub(name) as snapshot:
+        folder = snapshot(f"{organisation}/{repository}", [glob.escape(file)])
     if not (folder / file).is_file():
         raise InputError(f"{name}: not in the repository {organisation}/{repository}, or without a network not cached")
     return folder / file

@@ -8,8 +8,6 @@ so functions import them.
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,12 +23,14 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
+    described,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
-from lit_clip.weights import fg_clip
+from lit_clip.weights import hugging_face_forms as forms
+from lit_clip.weights import hugging_face_timm as on_timm
 from lit_clip.weights.hugging_face_encoders import (
     ACTIVATIONS,
     Converted,
@@ -40,6 +40,7 @@ from lit_clip.weights.hugging_face_encoders import (
     complete,
     ratio,
     text_transformer,
+    timm_options,
 )
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import (
@@ -115,10 +116,10 @@ def from_hugging_face(
 
 
 def _clip(folder: Folder) -> Converted:
-    if fg_clip.MARK in folder.state:
-        folder = fg_clip.short_texts(folder)
+    if forms.FG_CLIP in folder.state:
+        folder = forms.fg_clip_of_short_texts(folder)
     if PATCH_BIAS in folder.state:
-        return _by_file("eva_clip", folder)
+        return on_timm.eva_clip(folder)
     theirs = complete("CLIPConfig", folder.values)
     text = theirs.text_config
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
@@ -133,34 +134,44 @@ def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _values(model.config, kind), renamed(model.state_dict(), _pairs(model.config), inwards=False)
 
 
+# What each model represents: the values of these settings (:func:`described`), and no others.
+_REPRESENTED: dict[str, dict[str, Any]] = {
+    "CLIP": {
+        "image encoder": "VisionTransformer",
+        "image.pool": "class",
+        "image.ln_pre": True,
+        "text encoder": "TextTransformer",
+        "text.causal": True,
+        "text.pool": "argmax",
+        "text.tokenizer": None,
+        "text.projection": True,
+        "text.projection_bias": False,
+        "logit_bias": False,
+    },
+    "Siglip": {
+        "image.projection": "none",
+        "text.pool": "last",
+        "text.projection_bias": True,
+        "logit_bias": True,
+    },
+}
+
+
 def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"]:
     """Return which of Hugging Face's models can represent our configuration."""
-    image, text = config.image, config.text
-    kinds = [getattr(each, "class_path", type(each).__name__.removesuffix("Config")) for each in (image, text)]
-    encoders = " and ".join(kinds)
-    own = f"a CLIPModel has a vision transformer and a causal text transformer, this model has {encoders}"
-    if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
-        require(not image.on_hub, f"its image encoder is {image.timm}, whose sizes timm alone knows")
-        timms = timm_siglip(image.timm, **image.options)
-        patches = config.preprocessing is not None and config.preprocessing.max_patches is not None
-        require(patches or not timms["grid"], "a SiglipModel reads images, a Siglip2Model patches; set max_patches")
-        require(text.pool == "last", f"a SiglipModel reads a text's last token, this model pools by {text.pool}")
-        require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
-        require(image.projection == "none", "a SiglipModel has no image projection, this model has one")
-        biases = config.logit_bias and text.projection_bias
-        require(biases, "a SiglipModel has logit and text projection biases, this model lacks one")
-        return "siglip2" if patches else "siglip"
-    require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
-    text, image = cast(TextTransformerConfig, text), cast(VisionTransformerConfig, image)
-    require(text.causal, own)
-    require(image.pool == "class", f"a CLIPModel reads an image's class token, this model pools by {image.pool}")
-    require(image.ln_pre, "a CLIPModel has a LayerNorm before its image blocks, this model has none")
-    require(text.pool == "argmax", f"a CLIPModel reads a text's highest id, this model pools by {text.pool}")
-    plain = text.tokenizer is None and not text.projection_bias
-    require(plain, "a CLIPModel has CLIP's own tokenizer and no text bias")
-    require(text.projection, "a CLIPModel has a text projection, this model has none")
-    require(not config.logit_bias, "a CLIPModel has no logit bias, this model has one")
-    return "clip"
+    image, ours = config.image, described(config)
+    name = "Siglip" if isinstance(image, TimmConfig) and ours.get("text.causal") is False else "CLIP"
+    for key, theirs in _REPRESENTED[name].items():
+        value = ours.get(key)
+        require(value == theirs, f"a {name}Model has {key} {theirs}, this model {value}")
+    if not isinstance(image, TimmConfig):
+        return "clip"
+    require(not image.on_hub, f"its image encoder is {image.timm}, whose sizes timm alone knows")
+    require(image.pool in (None, "map"), f"a SiglipModel has image.pool map, this model {image.pool}")
+    patches = config.preprocessing is not None and config.preprocessing.max_patches is not None
+    grid = timm_siglip(image.timm, **image.options)["grid"]
+    require(patches or not grid, "a SiglipModel reads images, a Siglip2Model patches; set max_patches")
+    return "siglip2" if patches else "siglip"
 
 
 def _pairs(config: CLIPConfig) -> Any:
@@ -173,7 +184,7 @@ def _pairs(config: CLIPConfig) -> Any:
 
 def _siglip(folder: Folder) -> Converted:
     if folder.values["model_type"] == "fgclip2":
-        folder = fg_clip.short_texts(folder)
+        folder = forms.fg_clip_of_short_texts(folder)
     naflex = folder.values["model_type"] == "siglip2"
     theirs = complete("Siglip2Config" if naflex else "SiglipConfig", folder.values)
     image, text = theirs.vision_config, theirs.text_config
@@ -204,19 +215,19 @@ def _siglip(folder: Folder) -> Converted:
     return ours, renamed(folder.state, _pairs(ours), inwards=True)
 
 
-def _by_file(name: str, folder: Folder) -> Converted:
-    """Read a form with its own module, which is imported only for it."""
-    return import_module(f"lit_clip.weights.{name}").read(folder)
-
-
 FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.json
     "clip": _clip,
     "siglip": _siglip,
     "siglip2": _siglip,
     "fgclip2": _siglip,
-    **{kind: partial(_by_file, kind) for kind in ("metaclip_2", "chinese_clip", "altclip", "tipsv2")},
-    "evaclip": partial(_by_file, "eva_clip"),
-    **dict.fromkeys(("aimv2", "align", "groupvit"), partial(_by_file, "parts_of_transformers")),
+    "metaclip_2": forms.metaclip_2,
+    "chinese_clip": forms.chinese_clip,
+    "altclip": forms.altclip,
+    "aimv2": forms.aimv2_or_groupvit,
+    "groupvit": forms.aimv2_or_groupvit,
+    "align": forms.align,
+    "evaclip": on_timm.eva_clip,
+    "tipsv2": on_timm.tipsv2,
 }
 
 
@@ -224,15 +235,7 @@ def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig
     """Return timm's equivalent of a SiglipModel's image encoder; differences from timm's model become options."""
     import timm
 
-    wanted = {
-        "patch_size": patch,
-        "embed_dim": theirs.hidden_size,
-        "depth": theirs.num_hidden_layers,
-        "num_heads": theirs.num_attention_heads,
-        "mlp_ratio": ratio(theirs.intermediate_size, theirs.hidden_size),
-        "act_layer": activation("vision_config.hidden_act", theirs.hidden_act),
-        "grid": math.isqrt(theirs.num_patches) if naflex else None,
-    }
+    wanted = {**timm_options(theirs), "grid": math.isqrt(theirs.num_patches) if naflex else None}
     kind = SIGLIP_SIZES.get((wanted["embed_dim"], wanted["depth"], wanted["num_heads"]), "base")
     name = f"naflexvit_{kind}_patch16_siglip" if naflex else f"vit_{kind}_patch{patch}_siglip_{size}"
     if not timm.is_model(name):
@@ -274,7 +277,6 @@ def library_name(kind: str) -> str:
 
 
 def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> dict[str, Any]:
-    """Return the values of transformers' ``config.json``."""
     text = cast(TextTransformerConfig, config.text)
     if kind == "clip":
         image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}

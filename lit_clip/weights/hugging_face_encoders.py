@@ -1,7 +1,7 @@
 """Convert encoders of Hugging Face's models to ours: code that the forms in this package share.
 
-A form of its own, such as :mod:`lit_clip.weights.altclip`, is a file with a function that reads it, and a line in
-``FORMS`` of :mod:`lit_clip.weights.hugging_face`.
+A form is a function, as in :mod:`lit_clip.weights.hugging_face_forms`, and a line in ``FORMS`` of
+:mod:`lit_clip.weights.hugging_face`.
 """
 
 import json
@@ -101,6 +101,18 @@ def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
         activation=activation("text_config.hidden_act", theirs.hidden_act),
         **settings,
     )
+
+
+def timm_options(theirs: Any) -> dict[str, Any]:
+    """Return the sizes of a transformers image encoder as arguments of timm's vision transformer."""
+    return {
+        "patch_size": square("vision_config.patch_size", theirs.patch_size),
+        "embed_dim": theirs.hidden_size,
+        "depth": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "mlp_ratio": ratio(theirs.intermediate_size, theirs.hidden_size),
+        "act_layer": activation("vision_config.hidden_act", theirs.hidden_act),
+    }
 
 
 def plain(theirs: Any) -> dict[str, Any]:

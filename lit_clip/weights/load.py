@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
@@ -25,8 +25,8 @@ from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import reads_padding, resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.sharded_files import lazy_zeros
 from lit_clip.tools.stores import store_of
 from lit_clip.tools.untrusted import from_plain
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file
@@ -113,8 +113,9 @@ def _load(
         )
     wanted = resized(stored, image_size, context_length)
     if weights.config and expected:
-        if isinstance(architecture, str):
-            expected = _with_preprocessing_of(weights.config, expected)
+        theirs = weights.config.preprocessing  # often differs from an architecture's default
+        if isinstance(architecture, str) and theirs and theirs.image_size == expected.image.image_size:
+            expected = dataclasses.replace(expected, preprocessing=theirs)
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
@@ -166,14 +167,6 @@ def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tup
     model.load_state_dict(state)
     merge_lora(model)
     return dataclasses.replace(weights, state=model.state_dict(), lora=None)
-
-
-def _with_preprocessing_of(weights: CLIPConfig, named: CLIPConfig) -> CLIPConfig:
-    """Return ``named`` with the weights' preprocessing: it often differs from an architecture's default."""
-    theirs = weights.preprocessing
-    if theirs and theirs.image_size == named.image.image_size:
-        return dataclasses.replace(named, preprocessing=theirs)
-    return named
 
 
 _TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
@@ -308,19 +301,13 @@ def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
     else:
         is_open = hasattr(source, "read")
         name = str(getattr(source, "name", "checkpoint") if is_open else source)
-        opened: Any = nullcontext(source) if is_open else _opened(name)
-        with naming(name), reading(name, "checkpoint"), opened as file:
+        with naming(name), reading(name, "checkpoint"), ExitStack() as stack:
+            store, path = (None, "") if is_open else store_of(name)
+            file = source if store is None else stack.enter_context(store.open(path, "rb"))
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     checked(checkpoint, name)
     checked_tensors(checkpoint["state_dict"], name)
     return checkpoint, name
-
-
-@contextmanager
-def _opened(address: str) -> Iterator[Any]:
-    store, path = store_of(address)
-    with store.open(path, "rb") as file:
-        yield file
 
 
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:

@@ -15,9 +15,8 @@ from lit_clip.tools.html import render
 from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
-from lit_clip.weights.formats import FORMATS
+from lit_clip.weights.formats import FORMATS, OnnxDType, tolerance_of
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name
-from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -79,7 +78,6 @@ def model_card(
 def _facts(
     model: CLIP, format: str, source: ExportedSource, parity: Parity, license: str | None, dtype: OnnxDType
 ) -> dict[str, str]:
-    """Return the rows of the card's table."""
     total = sum(p.numel() for p in model.parameters())
     image = sum(p.numel() for p in model.visual.parameters())
     digest = f", SHA-256 `{source.sha256}`" if source.sha256 else ""
@@ -117,5 +115,4 @@ def _code(text: str) -> str:
 
 
 def _more_ticks(text: str, least: int) -> str:
-    """Return more backticks than any run of backticks in a text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])

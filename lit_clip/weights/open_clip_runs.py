@@ -52,7 +52,12 @@ def _params(file: Path) -> dict[str, str]:
 
 def _architecture(name: str, params: Mapping[str, str], where: str) -> CLIPConfig:
     """Return the architecture as open_clip's trainer creates it (``open_clip_train.main``)."""
-    model, preprocess = model_config(name), _preprocessing_of_tag(name, params.get("pretrained", ""))
+    model, tag, preprocess = model_config(name), params.get("pretrained", ""), dict[str, Any]()
+    if tag and os.sep not in tag:
+        from open_clip.pretrained import get_pretrained_cfg  # takes seconds
+
+        known: dict[str, Any] = get_pretrained_cfg(name, tag)
+        preprocess = {key: known.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
     if params["force_quick_gelu"] == "True":
         model["quick_gelu"] = True
     if params.get("siglip") == "True":
@@ -68,15 +73,6 @@ def _architecture(name: str, params: Mapping[str, str], where: str) -> CLIPConfi
         value = params.get(f"image_{key}")
         preprocess[key] = "bicubic" if value == "random" else value or preprocess.get(key)  # random in training only
     return with_external_settings(from_open_clip(model, preprocess, where))
-
-
-def _preprocessing_of_tag(name: str, tag: str) -> dict[str, Any]:
-    if not tag or os.sep in tag:
-        return {}
-    from open_clip.pretrained import get_pretrained_cfg  # takes seconds
-
-    known: dict[str, Any] = get_pretrained_cfg(name, tag)
-    return {key: known.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
 
 
 def architecture_by_shapes(

@@ -40,10 +40,7 @@ class Repository(NamedTuple):
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
         listing = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
-        total = decimal(sum(sizes.values()))
-        replaced = len(self.files & sizes.keys())
-        note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
-        return f"uploading {total} to {self.name} ({kind}): {listing}{note}"
+        return f"uploading {decimal(sum(sizes.values()))} to {self.name} ({kind}): {listing}"
 
 
 def find_repository(name: str, private: bool) -> Repository:
@@ -91,7 +88,6 @@ def upload(folder: Path, repository: Repository) -> str:
 
 
 def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
-    """Return the error for a refusal by the hub or a failed connection, with what was left behind."""
     cause: BaseException = error  # an upload's error names the file, its cause the reason
     while getattr(cause, "response", None) is None and (below := cause.__cause__ or cause.__context__) is not None:
         cause = below

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, listed
@@ -23,6 +24,7 @@ from lit_clip.models.config import (
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
+from lit_clip.models.resize import KEPT_POSITIONS
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import is_sharded
@@ -36,12 +38,12 @@ from lit_clip.tools.weight_files import (
     read_tensors,
     tensors_of,
 )
-from lit_clip.weights import hub, long_clip
+from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
-from lit_clip.weights.hugging_face import read_hugging_face_folder
 from lit_clip.weights.hugging_face_processor import read_json
 from lit_clip.weights.open_clip_runs import run_architecture
 
+LONG_CLIP_POSITIONS = "positional_embedding_res"  # the second of two tables, which no other model has
 HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where open_clip does not look
 
 
@@ -107,16 +109,21 @@ def open_weights(source: Source, named: bool = False) -> Weights:
 
 def _open_folder(folder: Path) -> Weights:
     if (folder / "open_clip_config.json").is_file():
-        return _open_clip_folder(folder)
+        found = next((folder / name for name in hub.OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+        if found is None:
+            expected = ", ".join(hub.OPEN_CLIP_WEIGHTS)
+            raise InputError(f"{folder}: no weights beside open_clip_config.json; expected one of {expected}")
+        config = _open_clip_config(folder)
+        return Weights(str(found), read_tensors(found), config)
     if (folder / "config.json").is_file():
+        from lit_clip.weights.hugging_face import read_hugging_face_folder  # with all forms, which no run of ours needs
+
         config, state = read_hugging_face_folder(folder)
         return Weights(str(folder), state, config)
     if (last := folder / "checkpoints" / "last.ckpt").is_file():
         raise InputError(f"{folder}: a run's folder; give its checkpoint, {last}")
-    found = sorted(path.name for path in folder.iterdir())[:8]
-    raise InputError(
-        f"{folder}: has neither open_clip_config.json nor config.json; found: {listed(found, 20) or 'nothing'}"
-    )
+    files = listed(sorted(path.name for path in folder.iterdir())[:8], 20) or "nothing"
+    raise InputError(f"{folder}: has neither open_clip_config.json nor config.json; found: {files}")
 
 
 def _open_clip_config(folder: Path) -> CLIPConfig:
@@ -145,16 +152,6 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
     return config
 
 
-def _open_clip_folder(folder: Path) -> Weights:
-    file = next((folder / name for name in hub.OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise InputError(
-            f"{folder}: no weights beside open_clip_config.json; expected one of {', '.join(hub.OPEN_CLIP_WEIGHTS)}"
-        )
-    config = _open_clip_config(folder)
-    return Weights(str(file), read_tensors(file), config)
-
-
 def _open_file(path: Path, named: bool) -> Weights:
     values = read_file(path)
     if "hyper_parameters" in values:
@@ -167,14 +164,25 @@ def _open_file(path: Path, named: bool) -> Weights:
     if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
         return Weights(str(path), tensors_of(values, path), _open_clip_config(path.parent))
     state = tensors_of(values, path)
-    if long_clip.POSITIONS in state:
-        state = long_clip.read(state, path)
+    if LONG_CLIP_POSITIONS in state:
+        state = _of_long_clip(state, path)
         return Weights(str(path), state, openai_architecture(state, path))
     # OpenAI's archives, and state dicts of models loaded by OpenAI's code, hold their sizes beside the weights.
     if "input_resolution" in state and "visual.conv1.weight" in state:
         return Weights(str(path), state, openai_architecture(state, path))
     config, origin = run_architecture(path, named) or (None, "")
     return Weights(f"{path} ({origin})" if origin else str(path), state, config)
+
+
+def _of_long_clip(state: Mapping[str, Tensor], name: Source) -> dict[str, Tensor]:
+    """Join Long-CLIP's tables of positions: the first, as trained by CLIP, has the first 20, the second the others."""
+    first, second = state.get("positional_embedding"), state[LONG_CLIP_POSITIONS]
+    if first is None or first.shape != second.shape or second.ndim != 2:
+        needs = f"Long-CLIP has positional_embedding beside {LONG_CLIP_POSITIONS}, of one shape"
+        raise InputError(f"{name}: weights do not fit: {needs}")
+    joined = torch.cat([first[:KEPT_POSITIONS], second[KEPT_POSITIONS:]])
+    others = {name: tensor for name, tensor in state.items() if name != LONG_CLIP_POSITIONS}
+    return {**others, "positional_embedding": joined}
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:

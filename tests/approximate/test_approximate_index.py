@@ -74,17 +74,12 @@ def test_a_copied_index_is_opened_and_one_of_changed_features_is_not(index: Path
     copies = shutil.copytree(index.parent, index.parent / "copies", copy_function=shutil.copyfile)  # other times
     assert len(open_index(copies / index.name)) == N
     write(index.with_name("a.npy"), seed=5)
-    with pytest.raises(
-        InputError,
-        match=r"all\.usearch: is not of the features in .*a\.npy, which has changed; wait if lit-clip index is writing",
-    ):
+    with pytest.raises(InputError, match=r"all\.usearch: is not of the features in .*a\.npy, which has changed; wait"):
         open_index(index)
     with pytest.raises(InputError, match=r"all\.usearch: is not of"):
         add_to_index(index, [write(index.with_name("b.npy"))])
     index.with_name("a.keys.json").unlink()
-    with pytest.raises(
-        InputError, match=r"all\.usearch: a\.keys\.json with features that it has is gone; .* build another"
-    ):
+    with pytest.raises(InputError, match=r"all\.usearch: a\.keys\.json with features that it has is gone; .* build"):
         open_index(index)
     with pytest.raises(InputError, match=r"c\.npy: there is no such file"):
         add_to_index(index.with_name("other.usearch"), [index.with_name("c.npy")])
@@ -141,12 +136,7 @@ def test_a_graph_that_is_cut_off_or_of_other_rows_is_one_line_that_says_what_to_
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "../a.npy"}, "must be the name of a file beside the index"),
-        ({"name": "/etc/a.npy"}, "must be the name of a file beside the index"),
-        ({"name": ""}, "must be the name of a file beside the index"),
-        ({"name": "."}, "must be the name of a file beside the index"),
-        ({"name": ".."}, "must be the name of a file beside the index"),
-        ({"name": "\0.npy"}, "must be the name of a file beside the index"),
+        *(({"name": name}, "a file beside the index") for name in ("../a.npy", "/etc/a.npy", "", ".", "..", "\0.npy")),
         ({"name": 700}, r"str.*files\[0\]\.name.*build another"),
         ({"stamps": [[0.5]]}, r"int.*files\[0\]\.stamps"),
         ({"sha256": None, "stamps": None}, "array.*files"),
@@ -215,10 +205,7 @@ def test_faiss_opens_its_file_and_finds_the_same_rows(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--output", "{}/all.usearch", "--exact"],
-            "--exact: is for a .faiss file; lit-clip search .* is exact without",
-        ),
+        (["--output", "{}/all.usearch", "--exact"], "--exact: is for a .faiss file"),
         (["--output", "{}/all.npz"], "--output .*all.npz: must be a .usearch or .faiss file"),
         (["--output", "{}/gone/all.faiss"], "there is no folder"),
     ],
@@ -234,6 +221,5 @@ def test_a_package_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("lit_clip.approximate.approximate_index.find_spec", lambda name: None)
-    monkeypatch.setattr("lit_clip.approximate.faiss_files.find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"needs {package}: pip install"):
         run_command(["index", *files, "--output", str(tmp_path / f"all.{output}")])

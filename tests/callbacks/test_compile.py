@@ -18,7 +18,6 @@ from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.packing import pack
-from tests.helpers.towers import WORDS, save_family, text_model
 
 CONFIG = CLIPConfig(
     16,
@@ -57,35 +56,6 @@ def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     known = graphs["unique_graphs"]
     for longest in (3, 7, 12, 15, 35, 40):  # rows are as long for any texts
         gradients(compiled, longest)
-    assert graphs["unique_graphs"] == known
-
-
-@pytest.mark.slow
-def test_training_and_validation_stay_compiled_for_any_length() -> None:
-    """Blocks of both encoders are one function to torch, which compiles at most 8 graphs of it by default."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    config = replace(CONFIG, text=TextTransformerConfig(context_length=77, vocab_size=50, width=32, layers=2, heads=1))
-    model = CLIP(config)
-    compile_blocks(model, backend="eager")
-    graphs = torch._dynamo.utils.counters["stats"]
-
-    def both(length: int, rows: int) -> None:
-        pairs = batch(length)
-        images, tokens = model.normalize(pairs.images)[:rows], pairs.tokens[:rows]
-        model.eval()
-        with torch.inference_mode():
-            model.encode_image(images), model.encode_text(tokens)  # noqa: B018  # only to compile
-        model.train()
-        (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
-
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for rows in (4, 3):
-            for length in (10, 20, 40, 50, 70):
-                both(length, rows)
-    known = graphs["unique_graphs"]
-    for length in (12, 77, 30, 60, 44):
-        both(length, 4)
     assert graphs["unique_graphs"] == known
 
 
@@ -148,24 +118,6 @@ def test_compiled_texts_stay_packed_and_share_a_constant_number_of_graphs() -> N
     texts = sum(sum(lengths) for _, lengths in batches)
     assert texts >= 0.9 * sum(computed[1::2])
     assert sum(computed[1::2]) < 77 * 32 * 9 / 4  # of the padded form
-
-
-@pytest.mark.slow  # transformers, and half a minute of compiling
-def test_a_compiled_hugging_face_encoder_keeps_its_groups_and_few_graphs(tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    save_family("bert", tmp_path)
-    plain = text_model(tmp_path).double().eval()
-    compiled = copy.deepcopy(plain)
-    compile_blocks(compiled, backend="eager")
-    graphs, counts = torch._dynamo.utils.counters["stats"], []
-    for seed in range(6):
-        words = torch.randint(1, 20, (64,), generator=torch.Generator().manual_seed(seed)).tolist()
-        tokens = plain.tokenize([" ".join((WORDS * 2)[n : 2 * n]) for n in words])
-        features = compiled.encode_text(tokens)
-        features.sum().backward()
-        torch.testing.assert_close(features, plain.encode_text(tokens), rtol=1e-10, atol=1e-10)
-        counts.append(graphs["unique_graphs"])
-    assert counts[1:] == counts[1:2] * 5
 
 
 @pytest.mark.slow  # half a minute of compiling

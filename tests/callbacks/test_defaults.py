@@ -33,33 +33,19 @@ from tests.test_module import data_for, trainer
 MIDDLE = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps)
 
 
-def test_defaults_are_eight_callbacks_from_preemption_to_random_states() -> None:
-    kinds = [type(callback) for callback in callbacks.defaults()]
-    assert kinds == [Preemption, *MIDDLE, RandomStates]
+def kinds_of(*given: Callback) -> list[type]:
+    return [type(callback) for callback in callbacks.defaults(*given) if not isinstance(callback, Without)]
 
 
-def test_a_callback_without_a_default_goes_after_preemption() -> None:
-    ema = EMA(0.5)
-    first, given, *others = callbacks.defaults(ema)
-    assert type(first) is Preemption
-    assert given is ema
-    kinds = [type(callback) for callback in others]
-    assert kinds == [*MIDDLE, RandomStates]
+def test_given_callbacks_go_after_preemption_before_the_others() -> None:
+    assert kinds_of() == [Preemption, *MIDDLE, RandomStates]
+    assert kinds_of(EMA(0.5)) == [Preemption, EMA, *MIDDLE, RandomStates]
+    assert kinds_of(Throughput(), PatchDropout())[1:3] == [PatchDropout, Throughput]  # first what changes the model
 
 
 def test_callbacks_are_left_out_by_name_and_others_of_the_name_stay() -> None:
-    given = NonFiniteSteps("skip")
-    found = callbacks.defaults(Without(["PrintPlan", "NonFiniteSteps"]), given)
-    kinds = [type(callback) for callback in found if not isinstance(callback, Without)]
-    assert kinds == [
-        Preemption,
-        NonFiniteSteps,
-        ExpectedTime,
-        ProgressLines,
-        PrintResults,
-        SkippedSamples,
-        RandomStates,
-    ]
+    kinds = kinds_of(Without(["PrintPlan", "NonFiniteSteps"]), NonFiniteSteps("skip"))
+    assert kinds == [Preemption, NonFiniteSteps, *MIDDLE[1:-1], RandomStates]
     with pytest.raises(InputError, match="Preemption stays"):
         callbacks.defaults(Without(["Preemption"]))
     with pytest.raises(InputError, match="Without: EMA is none of the callbacks"):
@@ -121,9 +107,3 @@ def test_fit_without_the_defaults_warns(tiny_config: CLIPConfig, caption_table: 
     module = LitCLIP(tiny_config)
     with pytest.warns(UserWarning, match=r"nothing stops this run when its loss is not finite.*callbacks\.defaults"):
         trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data_for(module, caption_table))
-
-
-def test_callbacks_that_change_the_model_go_before_those_that_measure_it() -> None:
-    throughput, dropout = Throughput(), PatchDropout()
-    given = [each for each in callbacks.defaults(throughput, dropout) if each in (throughput, dropout)]
-    assert given == [dropout, throughput]

@@ -140,17 +140,6 @@ def test_the_current_weights_are_evaluated_before_the_first_update(fit: Fit, tmp
     assert "weights" not in torch.load(tmp_path / "never.ckpt", weights_only=True)
 
 
-@pytest.mark.slow
-def test_the_modules_own_metrics_are_those_of_the_average(fit: Fit, caption_table: Path, tmp_path: Path) -> None:
-    module, _, fitting = fit(EMA(DECAY), limit_val_batches=1.0)
-    fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
-    for validating in (trainer(tmp_path), fitting):  # the second has the callback, which must not swap again
-        (again,) = validating.validate(module, data_for(module, caption_table), verbose=False)
-        assert again == pytest.approx(fitted, abs=1e-6)
-    (again,) = fitting.validate(module, data_for(module, caption_table), verbose=False)
-    assert again == pytest.approx(fitted, abs=1e-6)
-
-
 def test_a_checkpoint_names_its_weights_as_the_average_and_loads_it(fit: Fit, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", "last")
     _, recorder, fitting = fit(EMA(DECAY), keep)
@@ -269,26 +258,3 @@ def test_invalid_settings_are_refused(fit: Fit, tmp_path: Path) -> None:
         EMA(1.0)
     with pytest.raises(InputError, match="save_weights_only"):
         fit(EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
-
-
-@pytest.mark.slow
-def test_two_ranks_have_the_average_of_one_process(
-    cli: Callable[..., Any], caption_table: Path, tmp_path: Path
-) -> None:
-    from tests.models.test_finetune import command
-
-    states = []
-    for name, devices, batch in (("one", "1", "16"), ("two", "2", "8")):
-        ema = "{class_path: callbacks.EMA, init_args: {decay: 0.6}}"
-        options = ["--trainer.max_epochs", "1", f"--trainer.callbacks+={ema}", "--trainer.devices", devices]
-        options += ["--data.batch_size", batch, "--trainer.logger.init_args.save_dir", name]
-        result = cli(*command(caption_table, *options, *(["--trainer.strategy", "ddp"] if devices == "2" else [])))
-        assert result.returncode == 0, result.stderr
-        (path,) = (tmp_path / name).rglob("*.ckpt")
-        states.append(torch.load(path, weights_only=True))
-    assert [state["weights"] for state in states] == ["exponential moving average"] * 2
-    for key in ("visual.proj", "text_projection", "logit_scale"):
-        torch.testing.assert_close(
-            states[0]["state_dict"][key], states[1]["state_dict"][key], rtol=0, atol=1e-4
-        )  # a step is 1e-2
-        assert not torch.equal(states[0]["state_dict"][key], states[0]["current_model_state"][f"model.{key}"])

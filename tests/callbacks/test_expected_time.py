@@ -2,7 +2,6 @@
 
 import csv
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,7 +23,7 @@ from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools.console import in_words
 from lit_clip.training.schedules import WarmupConstant, WarmupCosine
-from tests.conftest import TINY_YAML, run_lightning_ranks, without_packaged_defaults
+from tests.conftest import TINY_YAML, without_packaged_defaults
 from tests.helpers.small_sets import write_table
 from tests.helpers.terminal import on_a_terminal, screen
 from tests.test_module import data_for, trainer
@@ -68,7 +66,7 @@ def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
         stop = Stop(20, tmp_path / "end.ckpt")  # by then all is said
         fit_boring(trainer(tmp_path, callbacks=[Preemption(), ticks, expected, stop], **settings), path)
         lines = capsys.readouterr().out.splitlines()
-        return [line for line in lines if line.startswith(("expected time", "warning: the run takes"))]
+        return [line for line in lines if line.startswith("expected time")]
 
     return run
 
@@ -91,7 +89,7 @@ class Stop(Callback):
     [
         ([2.0], ["5.3 minutes (160 steps of 2 s)"]),
         ([0.25], []),  # 20 steps are too few, see below
-        ([31.0, 5.0, 2.0], ["at most 1.4 hours (160 steps of 31 s)", "5.9 minutes (160 steps of 2 s, 32 s to start)"]),
+        ([31.0, 5.0, 2.0], ["at most 1.4 hours (160 steps of 31 s)", "5.9 minutes (160 steps of 2 s)"]),
         ([20.0], ["at most 53 minutes (160 steps of 20 s)", "53 minutes (160 steps of 20 s)"]),
         ([12.0, 11.0, 10.0], ["at most 31 minutes (160 steps of 12 s)", "27 minutes (160 steps of 10 s)"]),
         ([9.0], ["24 minutes (160 steps of 9 s)"]),  # of one measured step after 27 seconds; and right
@@ -100,9 +98,8 @@ class Stop(Callback):
     ],
 )
 def test_the_time_is_measured_from_the_third_step_on(fit: Fit, steps: list[float], expected: list[str]) -> None:
-    lines = [line for line in fit(steps) if not line.startswith("warning")]
     starts = ("expected time: ", "expected time now: ")
-    assert lines == [f"{start}{line}" for start, line in zip(starts, expected, strict=False)]
+    assert fit(steps) == [f"{start}{line}" for start, line in zip(starts, expected, strict=False)]
 
 
 def test_the_line_comes_within_30_seconds_or_after_one_step(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +128,7 @@ def test_validations_count_once_their_time_is_known(fit: Fit) -> None:
     assert first == "expected time: 2.3 minutes (40 steps of 2 s, 10 validations of 6 s)"
     options["val_check_interval"] = 8
     first, second = fit([2.0], 6.0, **options)
-    assert first == "expected time: 1.3 minutes (40 steps of 2 s) and 5 validations"
+    assert first == "expected time: 1.3 minutes (40 steps of 2 s, 5 validations)"
     assert second == "expected time now: 1.8 minutes (40 steps of 2 s, 5 validations of 6 s)"
     options["val_check_interval"] = 2  # also after the first steps, which are not measured
     (first,) = fit([2.0], 60.0, **options)
@@ -157,24 +154,15 @@ def test_a_validation_that_is_due_when_a_run_is_resumed_is_not_counted(fit: Fit,
     ]
 
 
-def test_more_than_a_day_is_one_more_line_that_says_what_to_do(fit: Fit) -> None:
-    assert fit([539.0])[-1] == "expected time now: 24 hours (160 steps of 9 minutes)"  # 23:57
-    *_, expected, warning = fit([1000.0])
-    assert expected == "expected time now: 1.9 days (160 steps of 17 minutes)"
-    assert re.match(r"warning: the run takes more than a day: lower trainer\.max_epochs, choose", warning)
-    assert sum(line.startswith("warning") for line in fit([1000.0], 2e5, limit_val_batches=1)) == 1
-
-
 def test_max_time_ends_a_run_before_its_steps(fit: Fit) -> None:
     """The timer's clock is the real one."""
     first, line = fit([60.0], max_time={"minutes": 12})
     assert re.fullmatch(r"expected time: at most 1[23] minutes by max_time", first)  # no number of steps is known yet
-    # After 5 steps, with 12 minutes less a few seconds left.
-    assert re.fullmatch(r"expected time now: 17 minutes by max_time \(about 1[67] of 160 steps of 1 minute\)", line)
+    assert line == "expected time now: 17 minutes by max_time"  # after 5 steps, with 12 minutes less a few seconds left
     (line,) = fit([2.0], max_time={"minutes": 12})
     assert line == "expected time: 5.3 minutes (160 steps of 2 s)"
     (line,) = fit([2.0], max_time={"minutes": 12}, max_steps=-1, max_epochs=-1)
-    assert re.fullmatch(r"expected time: 12 minutes by max_time \(about 36\d steps of 2 s\)", line)
+    assert line == "expected time: 12 minutes by max_time"
 
 
 class Endless(IterableDataset[CaptionBatch]):
@@ -188,7 +176,7 @@ class Endless(IterableDataset[CaptionBatch]):
         return iter([self.batch] * 9)
 
 
-def test_data_of_unknown_length_have_a_time_for_1000_steps(
+def test_data_of_unknown_length_have_a_time_only_with_max_steps(
     tiny_config: CLIPConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lines(schedule: Any = WarmupCosine, **options: Any) -> list[str]:
@@ -199,8 +187,7 @@ def test_data_of_unknown_length_have_a_time_for_1000_steps(
         assert fitting.global_step == 9
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected")]
 
-    unknown = "expected time: 50 minutes per 1,000 steps of 3 s; the number of steps is unknown"
-    assert lines(partial(WarmupConstant, warmup_steps=1), max_epochs=1) == [unknown]
+    assert lines(partial(WarmupConstant, warmup_steps=1), max_epochs=1) == []
     assert lines(max_steps=9) == ["expected time: 27 s (9 steps of 3 s)"]
     with pytest.raises(InputError, match=r"^trainer\.max_steps: not set, and the data do not tell their length"):
         lines(max_epochs=1)
@@ -290,43 +277,9 @@ def slow(tmp_path: Path) -> list[str]:
 REAL = re.compile(r"expected time: (?:[6-9]|[1-5]\d)(?:\.\d)? minutes \(3,600 steps of 0\.[1-9]\d* s\)")
 
 
-@pytest.mark.slow
-def test_a_run_to_a_file_has_one_line_below_the_plan(
-    cli: Callable[..., subprocess.CompletedProcess[str]], slow: list[str]
-) -> None:
-    result = cli(*slow)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    (place,) = (number for number, line in enumerate(lines) if line.startswith("expected time:"))
-    assert REAL.fullmatch(lines[place])
-    assert lines[place - 1].startswith("└")  # the table's last line
-
-
 def test_a_terminal_of_80_columns_shows_it_above_the_progress_bar(slow: list[str], tmp_path: Path) -> None:
     lines = screen(on_a_terminal(tmp_path, *without_packaged_defaults(slow)))
     (place,) = (number for number, line in enumerate(lines) if line.startswith("expected time:"))
     assert REAL.fullmatch(lines[place])
     assert lines[place + 1].startswith("Epoch 0")  # the bar, which is drawn again in its place
     assert not any("Epoch" in line for line in lines[:place])
-
-
-def test_it_is_printed_through_lightnings_other_bar(
-    tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[str] = []
-    bar, module, ticks, expected = TQDMProgressBar(), LitCLIP(tiny_config), Ticks([2.0]), ExpectedTime()
-    monkeypatch.setattr("callbacks.progress.can_draw", lambda stream: True)
-    monkeypatch.setattr(TQDMProgressBar, "print", lambda self, *texts, **options: written.extend(texts))
-    expected.now = ticks
-    options = {"max_epochs": 1, "limit_val_batches": 0, "enable_progress_bar": True}
-    fitting = trainer(tmp_path, callbacks=callbacks.defaults(bar, ticks, expected), **options)
-    fitting.fit(module, data_for(module, write_table(tmp_path, 32), batch_size=4))
-    assert written == ["expected time: 16 s (8 steps of 2 s)"]
-
-
-@pytest.mark.slow
-def test_two_ranks_print_it_once(slow: list[str], tmp_path: Path) -> None:
-    words = [*slow, "--trainer.devices", "2", "--trainer.max_epochs", "360"]  # 10 steps each
-    output = run_lightning_ranks(2, tmp_path, "lit-clip", *words)
-    assert output.count("expected time:") == 1
-    assert re.search(r"minutes \(3,600 steps of", output)

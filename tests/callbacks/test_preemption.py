@@ -147,19 +147,6 @@ def test_where_reading_would_wait_ranks_act_one_step_later(
     assert agreed == ([0, 0, signal.SIGTERM] if later else [0, signal.SIGTERM, signal.SIGTERM])
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
-    step: int, stopped_fit: StoppedFit, tmp_path: Path
-) -> None:
-    """In the middle of an epoch and at its end; the run may replace its own checkpoint."""
-    _, first = stopped_fit(SignalAt("on_before_optimizer_step", step), keeper(tmp_path))
-    assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) == step
-    resume = {"ckpt_path": tmp_path / "last.ckpt"}
-    _, second = stopped_fit(SignalAt("on_before_optimizer_step", 4), keeper(tmp_path), **resume)
-    assert names(tmp_path) == {"last.ckpt"}
-    assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) + len(second.steps) == step + 4
-
-
 def test_a_signal_stops_a_validation_and_discards_its_results(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     """With EMA, validation uses other weights than training; the checkpoint holds both as usual."""
     sender = SignalAt("on_validation_batch_start", 2)
@@ -252,20 +239,17 @@ def test_a_signal_before_the_first_step_saves_nothing(hook: str, stopped_fit: St
     assert names(tmp_path) == set()
 
 
-def test_without_save_last_the_checkpoint_is_called_preempted(stopped_fit: StoppedFit, tmp_path: Path) -> None:
-    sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(sender, keeper(tmp_path, save_last=False))
-    assert names(tmp_path) == {"preempted.ckpt"}
-    assert load(tmp_path / "preempted.ckpt")["global_step"] == 1
-    assert "preempted.ckpt" in str(stopped)
-
-
-def test_without_checkpointing_a_signal_saves_nothing_and_says_so(stopped_fit: StoppedFit, tmp_path: Path) -> None:
-    sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(sender, enable_checkpointing=False)
+@pytest.mark.parametrize(
+    ("saves", "message", "files"), [(True, "preempted.ckpt", {"preempted.ckpt"}), (False, "nothing saved", set())]
+)
+def test_without_save_last_the_checkpoint_is_called_preempted_and_without_a_saver_there_is_none(
+    saves: bool, message: str, files: set[str], stopped_fit: StoppedFit, tmp_path: Path
+) -> None:
+    savers = [keeper(tmp_path, save_last=False)] if saves else []
+    stopped, _ = stopped_fit(SignalAt("on_before_optimizer_step", 1), *savers, enable_checkpointing=saves)
     assert stopped.code == 128 + signal.SIGTERM
-    assert "nothing saved" in str(stopped)
-    assert names(tmp_path) == set()
+    assert message in str(stopped)
+    assert names(tmp_path) == files
 
 
 def test_another_runs_checkpoint_is_not_replaced(stopped_fit: StoppedFit, tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
-from torch import Tensor
 
 import callbacks
-from callbacks.print_results import PrintResults, Validation, misleading_loss
+from callbacks.print_results import PrintResults, misleading_loss
 from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig
@@ -102,41 +101,29 @@ def test_the_best_model_of_the_run_before_stays_the_best_until_there_is_a_better
     ],
 )
 def test_a_loss_that_does_not_mislead_is_not_mentioned(losses: tuple[float, ...], recalls: tuple[float, ...]) -> None:
-    seen = [Validation(number + 1, *both) for number, both in enumerate(zip(losses, recalls, strict=True))]
+    seen = [(number + 1, *both) for number, both in enumerate(zip(losses, recalls, strict=True))]
     assert misleading_loss(seen) == ""
 
 
-def test_validations_before_the_first_step_and_of_nothing_do_not_count() -> None:
-    found: dict[str, Tensor] = {}
-    state = SimpleNamespace(fn="fit")
-    trainer: Any = SimpleNamespace(
-        callback_metrics=found, state=state, sanity_checking=False, global_step=0, current_epoch=0
-    )
-    results = PrintResults()
-
-    def validated(**changes: Any) -> int:
-        vars(trainer).update(changes)
-        results.on_validation_end(trainer, cast(Any, None))
-        return len(results.state_dict()["validations"])
-
-    assert validated(global_step=3) == 0
-    found |= {"val/loss": torch.tensor(float("nan")), "val/mean_recall": torch.tensor(0.5)}
-    assert validated() == 0
-    found["val/loss"] = torch.tensor(1.0)
-    assert validated(global_step=0) == 0
-    assert validated(global_step=3, sanity_checking=True) == 0
-    assert validated(sanity_checking=False) == 1
-    state.fn = "validate"
-    assert validated() == 1
-
-
-def test_a_small_validation_set_says_what_one_pair_counts(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "loss", "counted"),
+    [
+        ({}, 1.0, 1),
+        ({}, float("nan"), 0),
+        ({"global_step": 0}, 1.0, 0),
+        ({"sanity_checking": True}, 1.0, 0),
+        ({"state": SimpleNamespace(fn="validate")}, 1.0, 0),
+    ],
+)
+def test_validations_before_the_first_step_and_of_nothing_do_not_count(
+    changes: dict[str, Any], loss: float, counted: int
 ) -> None:
-    trained(tiny_config, caption_table, tmp_path, 1)
-    pairs = len(caption_table.read_text(encoding="utf-8").splitlines()) - 1
-    printed = " ".join(capfd.readouterr().out.split())  # the table's width decides its lines
-    assert f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall" in printed
+    found = {"val/loss": torch.tensor(loss), "val/mean_recall": torch.tensor(0.5)}
+    values = {"callback_metrics": found, "state": SimpleNamespace(fn="fit"), "sanity_checking": False}
+    trainer: Any = SimpleNamespace(**{**values, "global_step": 3, "current_epoch": 0, **changes})
+    results = PrintResults()
+    results.on_validation_end(trainer, cast(Any, None))
+    assert len(results.state_dict()["validations"]) == counted
 
 
 def white(folder: Path, caption: str) -> Path:

@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 import callbacks
 from callbacks import PrintPlan, ProgressLines
 from callbacks.progress import validations
-from lit_clip.cli.subcommands import run_command
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.tools import console
 from lit_clip.training.schedules import known_steps
 from tests.conftest import TINY_YAML, run_lightning_ranks, without_packaged_defaults
-from tests.helpers.small_sets import entry, write_table
+from tests.helpers.small_sets import write_table
 from tests.helpers.terminal import on_a_terminal, screen
 from tests.test_module import data_for, trainer
 
@@ -204,38 +201,6 @@ def test_on_a_terminal_the_plan_stays_whole_above_the_bar_and_results_below(tabl
     assert not "".join(shown[bar[0] + 1 : results]).strip()
     starts = [line.split(": ")[0] for line in shown[results:] if ": " in line]
     assert starts[-4:] == ["checkpoint", "logs and images", "validate again", "curves"]
-
-
-@pytest.fixture
-def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIRST", "EVERY"):
-        monkeypatch.setattr(console, name, 0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_every_line")
-def test_commands_write_lines_to_a_file(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    table = write_table(tmp_path, 40)  # more than inspect reads at once
-    model = ["--model", str(tiny_checkpoint), "--num_workers", "0", "--batch_size", "8"]
-    (tmp_path / "shades").mkdir()
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"shades": entry()}}), encoding="utf-8")
-    suite = ["--suite", "suite.yaml", "--tasks", "zero_shot", "linear_probe", "--output", "evaluation"]
-    for titles, command in (
-        (["encoding"], ["embed", str(table), "--output", "features.parquet", *model, "--accelerator", "cpu"]),
-        (["encoding"], ["search", ".", "a red patch", *model]),
-        (["inspecting"], ["inspect", str(table)]),
-        (["writing shards"], ["shard", str(table), "shards", "--shard_size", "8", "--num_workers", "0"]),
-        (["shades test", "shades train", "shades linear probe"], ["evaluate", *suite, *model, "--accelerator", "cpu"]),
-    ):
-        run_command(command)
-        written = capsys.readouterr().err
-        for title in titles:
-            assert re.search(rf"^{title}: \d+ of \d+, [\d.,]+/s, 0:\d\d:\d\d left$", written, re.MULTILINE), written
-            assert re.search(rf"^{title}: \d+ in 0:\d\d:\d\d, [\d.,]+/s$", written, re.MULTILINE), written
-        assert not re.search("[\r\x1b]", written)
 
 
 @pytest.mark.parametrize("batch", [2, pytest.param(8, marks=pytest.mark.slow)])

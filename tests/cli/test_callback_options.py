@@ -23,16 +23,6 @@ LISTED = [
 ]
 
 
-HOOK = """
-from pathlib import Path
-from lightning.pytorch import Callback
-
-class Hook(Callback):
-    def __init__(self, token: str, url: str, place: str, both: str, every: int = 1) -> None:
-        Path("received.txt").write_text("\\n".join(map(str, [token, url, place, both, every])))
-"""
-
-
 class NonFiniteSteps:
     """Stands for a callback that every run has."""
 
@@ -135,34 +125,6 @@ def test_the_later_of_two_options_of_one_callback_wins() -> None:
     assert found["init_args"] == {"decay": "0.6"}
     rest, taken = take_options([f"{PREFIX}.EMA.decay=0.5", f"{PREFIX}+=callbacks.Other", f"{PREFIX}.decay", "0.6"])
     assert (len(rest), len(taken)) == (3, 1)  # of another callback
-
-
-def test_secrets_and_references_of_callbacks_reach_them_and_are_not_saved(
-    cli: Cli, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A named option has the callbacks parsed again, from the true values."""
-    (tmp_path / "hooks.py").write_text(HOOK, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("HOOK_PLACE", "gpu")
-    monkeypatch.setenv("HOOK_PART", "partly-secret")
-    token, url, both = (
-        "hf_ABCDEFGHIJKLMNOPQRST",
-        "https://u:literalpw@example.org/x",
-        "https://u:${oc.env:HOOK_PART}@h.org",
-    )
-    hook = {"token": token, "url": url, "place": "${oc.env:HOOK_PLACE}", "both": both}
-    config = tmp_path / "hook.yaml"
-    callbacks = {"trainer": {"callbacks": [{"class_path": "hooks.Hook", "init_args": hook}]}}
-    config.write_text(yaml.safe_dump(callbacks), encoding="utf-8")
-    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), "--config", str(config)]
-    words = [word for word in WORDS if "--trainer.callbacks+" not in word]
-    run = cli("fit", *words, *data, f"{PREFIX}.Hook.every", "3")
-    assert run.returncode == 0, run.stderr
-    received = (tmp_path / "received.txt").read_text(encoding="utf-8").splitlines()
-    assert received == [token, url, "gpu", "https://u:partly-secret@h.org", "3"]
-    saved = (tmp_path / "runs/mine/version_0/fit_config.yaml").read_text(encoding="utf-8")
-    assert all(reference in saved for reference in ("place: ${oc.env:HOOK_PLACE}", f"both: {both}", "token: hf_***"))
-    assert not any(secret in saved + run.stderr + run.stdout for secret in (token, "literalpw", "partly-secret"))
 
 
 def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from lit_clip.cli.configurations import configuration, differences, joined, run_folders, saved_configuration
-from lit_clip.cli.hparams import FIRST, flat_settings
+from lit_clip.cli.configurations import configuration, differences, joined, run_folders
+from lit_clip.cli.save_config import FIRST, flat_settings
 from lit_clip.errors import InputError
 from tests.cli.test_main import TINY_YAML
 
@@ -142,18 +142,6 @@ def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_differe
     own = {"class_path": "mine.Contrastive", "init_args": {}}
     for loss, architecture in [*others, (named_loss(), biased), (own, "RN-tiny-64")]:
         assert differing(settings("p.csv", loss, architecture), settings("p.csv", None, architecture)) == ["model.loss"]
-
-
-def test_a_checkpoint_without_a_record_has_the_configuration_of_its_runs_folder(tmp_path: Path) -> None:
-    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(settings("p.csv"))
-    assert saved_configuration(file, {}) is None
-    (tmp_path / "fit_config.yaml").write_text("a: [", encoding="utf-8")
-    assert saved_configuration(file, {}) is None
-    (tmp_path / "fit_config.yaml").write_text(yaml.safe_dump(settings("q.csv")), encoding="utf-8")
-    assert differences(ours, saved_configuration(file, {})) == ["data.train"]
-    (tmp_path / "fit_config-v1.yaml").write_text(yaml.safe_dump(settings("p.csv")), encoding="utf-8")
-    assert differences(ours, saved_configuration(file, {})) == []
-    assert saved_configuration(file, {"configuration": 3}) == 3
 
 
 def test_auto_begins_anew_only_where_there_is_no_checkpoint_and_takes_those_without_a_record(
@@ -287,20 +275,3 @@ def test_settings_are_flat_plain_values_without_passwords() -> None:
     }
     assert flat_settings(yaml.safe_load(yaml.safe_dump(given))) == expected
     assert flat_settings({"trainer": {"callbacks": None}}) == {"trainer.callbacks": ""}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "logger",
-    [
-        pytest.param("false", marks=pytest.mark.slow),
-        "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}",
-    ],
-)
-def test_runs_without_tensorboard_write_no_events(
-    logger: str, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
-) -> None:
-    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), f"--trainer.logger={logger}"]
-    run = cli("fit", *WORDS, *data, "--trainer.max_steps", "1")
-    assert run.returncode == 0, run.stderr
-    assert not list(tmp_path.rglob("events.out.tfevents.*"))

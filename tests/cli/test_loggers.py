@@ -1,29 +1,20 @@
 """Runs with W&B and MLflow (extra ``loggers``), in their real offline modes, and with CSV."""
 
 import re
-import socket
-import sys
-import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from callbacks.log_image import log_image
-from lit_clip.cli import loggers
-from lit_clip.cli.loggers import check_answers, check_loggers
 from lit_clip.cli.save_config import save_text
-from lit_clip.errors import InputError
 from lit_clip.training.lightning.run_folder import curves, newest_config
 from tests.conftest import TINY_YAML
 
@@ -114,21 +105,6 @@ def test_several_loggers_each_have_a_line_and_csv_gets_no_image(fit: Fit, tmp_pa
     assert not any(path.suffix == ".png" for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("kind", loggers.MODULES)
-def test_a_logger_that_is_not_installed_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """W&B's runs are in a folder ``wandb``, which Python takes for a package without files."""
-    logger = Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace())
-    package = loggers.MODULES[kind].replace("_", "-")
-    (tmp_path / loggers.MODULES[kind]).mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, loggers.MODULES[kind], raising=False)
-    for given in (logger, [logger], [Namespace(class_path="CSVLogger"), logger]):
-        with pytest.raises(InputError) as caught:
-            check_loggers(given)
-        assert str(caught.value) == f"trainer.logger: {package} is not installed; pip install {package}"
-    check_loggers([Namespace(class_path="lightning.pytorch.loggers.CSVLogger"), None, True])
-
-
 def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from lightning.pytorch.loggers import CSVLogger\nclass Refusing(CSVLogger):\n"
@@ -136,7 +112,7 @@ def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Pa
     )
     done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == "lit-clip: error: trainer.logger: no store"
+    assert done.stderr.splitlines()[-1] == "lit-clip: error: mine.Refusing: no store"
     assert "Traceback" not in done.stderr
 
 
@@ -152,27 +128,3 @@ def test_a_saved_configuration_is_never_overwritten(tmp_path: Path) -> None:
 def test_an_unknown_logger_has_no_line_of_curves(tmp_path: Path) -> None:
     unknown: Any = SimpleNamespace()
     assert curves([unknown, TensorBoardLogger(tmp_path, name="a")]) == [f"tensorboard --logdir {tmp_path}/a/version_0"]
-
-
-@pytest.mark.parametrize("silent", [False, True], ids=["closed port", "accepts and is silent"])
-def test_an_mlflow_server_that_does_not_answer_is_one_line_in_seconds(
-    silent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loggers, "PATIENCE", 0.5)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if silent:
-            server.listen()
-        address = f"http://me:s3cret@127.0.0.1:{server.getsockname()[1]}/mlflow"
-        start = time.monotonic()
-        with pytest.raises(InputError, match=r"^trainer.logger: http://me:\*\*\*@127.0.0.1:\d+/mlflow does not answer"):
-            check_answers(address)
-        assert time.monotonic() - start < 10
-
-
-def test_any_answer_of_a_server_is_enough_and_other_stores_are_not_asked() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # answers 501
-        Thread(target=server.handle_request, daemon=True).start()
-        check_answers(f"http://127.0.0.1:{server.server_port}/mlflow")
-    for address in ("", "sqlite:///runs.db", "databricks", "./mlruns"):
-        check_answers(address)

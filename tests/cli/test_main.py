@@ -20,9 +20,8 @@ import lit_clip
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
 from lit_clip.cli.main import _thread_error
-from lit_clip.cli.overview import CONFIGURED, help_text
 from lit_clip.cli.plain_help import short_help
-from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.cli.subcommands import COMMANDS, CONFIGURED, help_text
 from lit_clip.commands.export import export
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
@@ -77,14 +76,9 @@ def test_validate_prints_the_metrics_of_fit_and_reads_the_architecture_from_the_
     assert validated.returncode == 0, validated.stderr
     assert len(results(fitted.stdout)) == 10  # loss, mean recall, and three recalls and a median rank in two directions
     assert results(validated.stdout) == results(fitted.stdout)
-
-
-def test_the_command_that_fit_suggests_reproduces_its_metrics(trained: tuple[Path, Completed]) -> None:
-    folder, fitted = trained
     (suggestion,) = re.findall(r"lit-clip (validate --config \S+ --ckpt_path \S+)", fitted.stdout)
-    validated = lit_clip_command(folder.parents[1], *suggestion.split())
-    assert validated.returncode == 0, validated.stderr
-    assert results(validated.stdout) == results(fitted.stdout)
+    suggested = lit_clip_command(folder.parents[1], *suggestion.split())
+    assert results(suggested.stdout) == results(fitted.stdout), suggested.stderr
 
 
 def test_typed_options_override_the_checkpoint(
@@ -111,18 +105,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     command = [word.replace(TINY_YAML, other) for word in words("validate", caption_table)]
     result = in_process(*command, "--ckpt_path", str(checkpoint_of(folder)))
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
-    """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
-    limits = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
-    for command in ("fit", "validate", "fit", "validate"):
-        assert cli(*words(command, caption_table), *limits).returncode == 0
-    folder = tmp_path / "lightning_logs"
-    found = {path.relative_to(folder).as_posix() for path in folder.glob("*/*_config.yaml")}
-    runs = {f"version_{number}/fit_config.yaml" for number in range(2)}
-    assert found == runs | {f"validate_{number}/validate_config.yaml" for number in range(2)}  # no run is numbered so
 
 
 def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
@@ -200,13 +182,6 @@ def test_a_class_list_of_the_wrong_length_names_both_counts(tmp_path: Path, in_p
     assert_user_error(in_process(*command, f"--trainer.callbacks+={callback}"), "3 names for the 2 classes", "cat")
 
 
-def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
-    (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
-    for name, part in (("text.ckpt", "not a checkpoint of tensors"), ("other.ckpt", "not a lit-clip checkpoint")):
-        assert_user_error(in_process(*words("validate", caption_table), "--ckpt_path", name), name, part)
-
-
 def test_only_user_errors_lose_their_traceback() -> None:
     assert user_error(RuntimeError("a bug")) is None
     wrapped = ValueError("jsonargparse's")
@@ -260,10 +235,7 @@ def test_the_version_is_printed(in_process: Cli) -> None:
     assert in_process("--version").stdout == f"lit-clip {lit_clip.__version__}\n"
 
 
-def test_a_class_is_suggested_for_a_misspelt_one_and_no_module() -> None:
-    assert "did you mean lit_clip.losses.Contrastive?" in one_line(
-        InputError("model.loss: wants Loss or null, not Contrastiv")
-    )
+def test_no_module_is_suggested_for_a_misspelt_class() -> None:
     assert "did you mean" not in one_line(InputError("model.loss: wants Loss or null, not Combined"))  # combined.py
 
 
@@ -288,13 +260,6 @@ def test_help_of_a_configured_command_is_a_page(command: str) -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_help_of_a_class_is_plain_text(in_process: Cli) -> None:
-    text = in_process("fit", "--data.help", "datamodules.Captions").stdout
-    assert "--data.train" in text
-    assert "Only needed by fit." in " ".join(text.split())
-    assert not re.search(r"``|:\w+:`", text)
-
-
 def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
     bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
@@ -303,40 +268,12 @@ def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path
     assert "litlogger" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "part"),
-    [
-        ("accumulate_grad_batches", "2", "negatives"),
-        ("precision", "16-true", "bf16-mixed"),
-        ("callbacks+", "lightning.pytorch.callbacks.StochasticWeightAveraging", "callbacks.EMA"),
-    ],
-)
-def test_what_fit_refuses_the_plan_refuses(
-    option: str, value: str, part: str, caption_table: Path, in_process: Cli
-) -> None:
-    more = ["--trainer.callbacks.swa_lrs", "0.1"] if option == "callbacks+" else []
-    result = in_process(*words("fit", caption_table), f"--trainer.{option}={value}", *more, "--print_plan")
-    assert_user_error(result, f"trainer.{option.rstrip('+')}", part)
-
-
-def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
-    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
-) -> None:
-    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
-    del checkpoint["state_dict"]["ln_final.weight"]
-    torch.save(checkpoint, tmp_path / "broken.ckpt")
-    for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
-        result = in_process(*words("fit", caption_table), *option)
-        assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
-
-
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "decay", "loss"])
 @pytest.mark.parametrize(
     "value",
     [
         None,
         {"class_path": 1, "init_args": {}},
-        *(pytest.param(value, marks=pytest.mark.slow) for value in ("torch.optim.SGD", {"class_path": "a.B"})),
     ],
 )
 def test_a_checkpoint_whose_names_of_parts_are_damaged_is_one_line(
@@ -359,23 +296,6 @@ def test_resuming_past_max_epochs_says_which_option_to_raise(
     command = [*words("fit", caption_table), "--ckpt_path", "long.ckpt", "--trainer.max_epochs", "12"]
     parts = ["current_epoch=74", "max_epochs=12", "raise --trainer.max_epochs", "--model.pretrained FILE"]
     assert_user_error(in_process(*command), *parts)
-
-
-@pytest.mark.slow
-def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    config = str(Path(__file__).parents[2] / "configs/table.yaml")
-    options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    options += ["--model.architecture", TINY_YAML]
-    options += ["--model.optimizer.lr", "1", "--model.lr_scheduler.warmup_steps", "0"]
-    result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
-    assert result.returncode == 0, result.stderr
-    (last,) = tmp_path.rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["epoch"] == 2
-    assert (last.parent / "best.ckpt").is_file()
-    dry = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.fast_dev_run", "true")
-    assert dry.returncode == 0, dry.stderr
-    assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
-    assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
 
 
 def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
@@ -428,19 +348,16 @@ def test_bfloat16_support_follows_the_processors_instructions(
     assert computes_in_bfloat16(accelerator) is expected
 
 
-@pytest.mark.parametrize(
-    ("typed", "precision"), [(None, "bf16-mixed"), pytest.param("32-true", "32-true", marks=pytest.mark.slow)]
-)
 def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_config(
-    typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: True)
-    options = ["--trainer.limit_val_batches", "1", *(["--trainer.precision", typed] if typed else [])]
-    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), "--trainer.max_steps", "1", *options])
+    options = ["--trainer.limit_val_batches", "1", "--trainer.max_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
     run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
-    assert saved["trainer"]["precision"] == precision
+    assert saved["trainer"]["precision"] == "bf16-mixed"
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("validate", caption_table)])
     run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/validate_0/validate_config.yaml").read_text())
@@ -452,19 +369,13 @@ def test_emulated_bfloat16_warns(
     has_instructions: bool | None,
     warned: bool,
     caption_table: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: has_instructions)
-    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"]
-    options += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
-    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
-    run(sys.argv[1:])
-    messages = [
-        str(each.message) for each in recwarn if "bf16-mixed is emulated on this processor" in str(each.message)
-    ]
+    _, *options = words("validate", caption_table)
+    run(args=[*options, "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"], execute=False)
+    messages = [str(each.message) for each in recwarn if "is emulated on this processor" in str(each.message)]
     assert bool(messages) == warned
     assert all("--trainer.precision 32-true" in message for message in messages)
 
@@ -472,10 +383,12 @@ def test_emulated_bfloat16_warns(
 # What mistakes on the command line and in YAML files say: the table of ``tests/messages.yaml``.
 
 
-ROWS = yaml.safe_load((ROOT / "tests/messages.yaml").read_text(encoding="utf-8"))
+ROWS: list[Any] = yaml.safe_load((ROOT / "tests/messages.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row.values()))[:60])
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if not {"parts", "encoders"} & {*row}], ids=lambda row: next(iter(row.values()))[:60]
+)
 def test_a_mistake_is_one_line(
     row: Mapping[str, str], in_process: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:

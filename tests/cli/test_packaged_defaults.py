@@ -7,15 +7,13 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from lit_clip.cli.lightning import CLI, DEFAULTS, run
-from lit_clip.cli.overview import EXAMPLES
-from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.cli.subcommands import COMMANDS, EXAMPLES
 from lit_clip.errors import InputError
 from lit_clip.recipes.sizes import FROM_SCRATCH, sizes
-from tests.conftest import ROOT, TINY_YAML
+from tests.conftest import ROOT
 from tests.test_readme import parser_of
 
 Cli = Callable[..., CompletedProcess[str]]
@@ -137,14 +135,6 @@ def test_a_misspelt_configuration_gets_the_nearest_name(
         parsed("fit", "--config", "tabel.yaml")
 
 
-def test_fit_needs_a_table_only(parsed: Callable[..., Any], caption_table: Path) -> None:
-    train = ("--data.train", str(caption_table))
-    without, given = parsed("fit", *train), parsed("fit", "--config", str(DEFAULTS), *train)
-    assert without["trainer"] == given["trainer"]
-    assert without["model"] == given["model"]
-    assert without["data"] == given["data"]
-
-
 def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., Any], caption_table: Path) -> None:
     options = ("--trainer.max_epochs", "3", "--model.optimizer.lr", "0.5", "--data.train", str(caption_table))
     more = ("--trainer.callbacks+=callbacks.PatchDropout", "--trainer.callbacks.share", "0.25")
@@ -175,39 +165,6 @@ def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(
     model, scratch = parsed(*train, "--model.pretrained", str(tiny_checkpoint))["model"], parsed(*train)["model"]
     assert model["architecture"] is None
     assert model["optimizer"]["init_args"]["lr"] < scratch["optimizer"]["init_args"]["lr"]
-
-
-@pytest.mark.slow  # tests/test_readme.py runs such commands
-def test_a_run_without_a_config_is_validated_and_resumed_without_one(
-    caption_table: Path, cli: Cli, tmp_path: Path
-) -> None:
-    """The checkpoint's model comes before the packaged one, which is another."""
-    quick = ("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
-    data = ("--data.train", str(caption_table), "--data.batch_size", "16", *quick)
-    fitted = cli("fit", *data, "--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
-    assert fitted.returncode == 0, fitted.stderr
-    assert fitted.stderr.count("fit: no --config; the packaged defaults (lit-clip fit --print_config shows them)") == 1
-    printed = fitted.stdout.partition("Before and after")[0]  # which is the end of a run with a recipe
-    *_, curves, best, preferred = printed.rstrip().splitlines()
-    assert curves == "curves: tensorboard --logdir runs/table/version_0"
-    file = "runs/table/version_0/checkpoints/best.ckpt"
-    states = torch.load(tmp_path / file, weights_only=True)["callbacks"]
-    (score,) = (float(state["best_model_score"]) for name, state in states.items() if "val/mean_recall" in name)
-    if score > 0.6667:  # the baseline of six pairs
-        assert best == f"best val/mean_recall ({score:.4g}): {file}"
-    else:
-        assert best == f"no model is the best by val/mean_recall: {score:.4g} is not better than its baseline 0.6667"
-    assert preferred.endswith("too few to tell the best model; take runs/table/version_0/checkpoints/last.ckpt")
-    last = tmp_path / "runs/table/version_0/checkpoints/last.ckpt"
-    validated = cli("validate", "--ckpt_path", str(last), "--data.val", str(caption_table), *quick)
-    assert validated.returncode == 0, validated.stderr
-    two = ("--trainer.max_epochs", "2", "--trainer.devices", "2", "--data.batch_size", "8")
-    resumed = cli("fit", *data, *two, "--ckpt_path", "last")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr.count("no --config") == 1  # the first rank's
-    assert "curves: tensorboard --logdir runs/table" in resumed.stdout.splitlines()  # both folders of the run
-    steps = [torch.load(path, weights_only=True)["global_step"] for path in sorted(tmp_path.rglob("last.ckpt"))]
-    assert steps == [3, 6]
 
 
 def test_print_config_and_print_plan_need_no_config(caption_table: Path, in_process: Cli) -> None:

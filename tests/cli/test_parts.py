@@ -1,7 +1,7 @@
 """Parts named on the command line and in YAML: the model, its optimiser, schedule and rule of weight decay."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from lit_clip.cli.lightning import run
-from lit_clip.cli.main import main
-from tests.cli.test_main import Cli, assert_user_error, words
+from tests.cli.test_main import ROWS, Cli, assert_user_error, words
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 
 PARTS = """
@@ -274,24 +273,6 @@ def forget_modules() -> None:
         sys.modules.pop(Path(name).stem, None)
 
 
-@pytest.fixture
-def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
-    """Run a command that must fail with exit code 2 and one line, which is returned."""
-
-    def run_main(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert "Traceback" not in error
-        last = error.strip().splitlines()[-1]
-        assert last.startswith("lit-clip: error: ")
-        return last
-
-    return run_main
-
-
 def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path) -> None:
     done = lit_clip_command(folder, "fit", "--config", "config.yaml")
     assert done.returncode == 0, done.stderr
@@ -305,25 +286,6 @@ def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path
         "torchvision.transforms.v2.RandomRotation",
         "torchvision.transforms.v2.RandomApply",
         "own_transforms.grey",
-    ]
-
-
-@pytest.mark.usefixtures("folder")
-def test_the_printed_configuration_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = []
-    for config in ("config.yaml", "again.yaml"):
-        with pytest.raises(SystemExit):
-            run(args=["--config", config, "--print_config"], execute=False)
-        printed.append(capsys.readouterr().out)
-        Path("again.yaml").write_text(printed[-1])
-    assert printed[0] == printed[1]
-    assert "Posterise" in printed[0]
-    command = run(args=["--config", "again.yaml"], execute=False)
-    assert [type(part).__name__ for part in command.datamodule.augmentation][:4] == [
-        "RandomResizedCrop",
-        "Posterise",
-        "RandomRotation",
-        "RandomApply",
     ]
 
 
@@ -341,50 +303,7 @@ def test_a_data_module_of_ones_own_is_named_on_the_command_line(data: list[str],
     assert "val/loss" in metrics
 
 
-@pytest.mark.parametrize(
-    ("option", "parts"),
-    [
-        (
-            "--data.train={class_path: own_source.Colour, init_args: {count: 3}}",
-            ["'own_source' has no attribute 'Colour'"],
-        ),
-        ("--data.train={class_path: own_sourc.Colours}", ["No module named 'own_sourc'", "did you mean own_source?"]),
-        (
-            "--data.train={class_path: own_source.Colours, init_args: {cout: 3}}",
-            ["cout: Colours has no such option; did you mean count"],
-        ),
-        (
-            "--data.train=[{data: {class_path: own_source.Colours, init_args: {cout: 3}}}]",
-            ["cout: Colours has no such option; did you mean count"],
-        ),
-        ("--data.train=own_source.Colours", ["no such file or folder", "{class_path: my_source.MyPairs}"]),
-        ("--data.augmentation=[own_transforms.Posterize]", ["'own_transforms' has no attribute 'Posterize'"]),
-        (
-            "--data.augmentation=[{class_path: own_transforms.Posterise, init_args: {bit: 3}}]",
-            ["bit: Posterise has no such option; did you mean bits?"],
-        ),
-        (
-            "--data.augmentation=[{class_path: own_transforms.Posterise, init_args: {bits: x}}]",
-            ["bits: wants int, not x"],
-        ),
-        ("--data.augmentation=[torchvision.transforms.v2.CenterCrop]", ["data.augmentation.size: must be given"]),
-        (
-            "--data.augmentation=[{class_path: torchvision.transforms.v2.RandomRotation, init_args: {degrees: far}}]",
-            ["degrees: wants Number or Sequence, not far"],
-        ),
-        ("--data.augmentation=own_transforms.Posterise", ["a list of class paths", "not own_transforms.Posterise"]),
-        ("--data.augmentation={crop_scal: 1}", ["did you mean crop_scale?"]),
-        (
-            "--data.augmentation=[{class_path: datamodules.RandomSquareCrop, init_args: {scale: [2, 3]}}]",
-            ["[2.0, 3.0] must"],
-        ),
-        (
-            "--data.augmentation=[{class_path: torchvision.transforms.v2.FiveCrop, init_args: {size: 8}}]",
-            ["returned a tuple"],
-        ),
-    ],
-)
-def test_mistakes_in_own_parts_are_one_line(option: str, parts: list[str], failing: Callable[..., str]) -> None:
-    message = failing("fit", "--config", "config.yaml", option)
-    for part in parts:
-        assert part in message
+@pytest.mark.parametrize("row", [row for row in ROWS if "parts" in row], ids=lambda row: row["parts"])
+def test_mistakes_in_own_parts_are_one_line(row: Mapping[str, Any], folder: Path, in_process: Cli) -> None:
+    failed = in_process("fit", "--config", "config.yaml", row["parts"], folder=folder)
+    assert_user_error(failed, *([row["line"]] if isinstance(row["line"], str) else row["line"]))

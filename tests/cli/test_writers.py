@@ -78,7 +78,7 @@ def folder(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     for seed, name in enumerate(("a.npy", "b.npy")):
         write_some_features(tmp_path / name, seed)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_clip.heads.curve.DRAWS", 1)
+    monkeypatch.setattr("lit_clip.heads.examples.DRAWS", 1)
     return tmp_path
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from PIL import Image
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.class_heads import HeadFile
 from lit_clip.commands.demo import demo, shown_below
 from lit_clip.commands.demo_locate import Tab
 from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
-from lit_clip.commands.head_option import HeadFile
 from lit_clip.commands.search import Searched, read_searched
+from lit_clip.embedding.index import nearest
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
 from lit_clip.heads import head_from_images
@@ -41,7 +43,7 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.Mon
         ({"index": "a.npz"}, "--index a.npz: belongs to --images"),
         ({"images": "photos", "index": "a"}, "--index a: must be a .npz file"),
         ({"images": "nowhere"}, "nowhere: no such folder"),
-        ({"head": HeadFile("a.safetensors")}, "a.safetensors: no such head file"),
+        ({"head": HeadFile("a.safetensors")}, "a.safetensors: there is no such file; classify"),
         ({"port": 70_000}, "--port 70000: must be from 0 to 65535"),
         ({"port": "taken"}, "cannot listen there (Address already in use); set another"),
     ],
@@ -63,7 +65,8 @@ def trial(drawings: Drawings) -> Trial:
     checkpoint, folder, names = drawings
     model = load_model(checkpoint)
     files = [folder / f"{name.replace('/', '_')}.png" for name in names]
-    return Trial(model, Searched([file.name for file in files], model.encode(files).numpy(), files))
+    features = model.encode(files).numpy()
+    return Trial(model, Searched([file.name for file in files], partial(nearest, features), files))
 
 
 def test_probabilities_are_those_of_classify(
@@ -114,25 +117,6 @@ def test_texts_are_found_in_an_image_as_by_locate(
     assert Tab(trial.model)(Path("tiger.png"), "tiger", few)[0][1] != Tab(trial.model)(Path("tiger.png"), "tiger")[0][1]
 
 
-@pytest.mark.parametrize(
-    ("image", "texts", "background", "message"),
-    [
-        (None, "a", "", "no image: drop one"),
-        ("pizza.png", " \n", "", "nothing to find: type a text a line"),
-        ("pizza.png", "\n".join(map(str, range(21))), "", "texts: 21; at most 20"),
-        ("pizza.png", "a", "b" * (LONGEST_PROMPT + 1), "a text of 1,001 characters; at most 1,000"),
-        ("pizza.png", "a", "b\nc", "background: 2 texts, and false alarms of 0.05 need at least 19"),
-        ("pizza.png", "a", "\n".join(map(str, range(10_001))), "background: 10,001 texts; at most 10,000"),
-    ],
-)
-def test_mistakes_about_where_are_said_on_the_page(
-    image: str | None, texts: str, background: str, message: str, trial: Trial, drawings: Drawings
-) -> None:
-    with pytest.raises(InputError) as caught:
-        Tab(trial.model)(drawings[1] / image if image else None, texts, background)
-    assert message in str(caught.value)
-
-
 def test_of_a_file_of_features_those_images_are_shown_that_lie_below_its_folder(
     trial: Trial, drawings: Drawings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +141,7 @@ def test_a_name_finds_its_drawing_and_images_found_are_small(trial: Trial, tmp_p
     large = tmp_path / "large.png"
     Image.new("RGBA", (2048, 128)).save(large)
     features = trial.model.encode([large]).numpy()
-    gone = Searched(["large", "gone"], features.repeat(2, 0), [large, tmp_path / "gone.png"])
+    gone = Searched(["large", "gone"], partial(nearest, features.repeat(2, 0)), [large, tmp_path / "gone.png"])
     ((image, _),) = Trial(trial.model, gone).search("tiger", 10)
     assert image.size == (SHOWN, SHOWN // 16)
     assert image.getpixel((0, 0)) == (255, 255, 255)
@@ -174,33 +158,40 @@ def test_what_is_typed_never_opens_a_file(trial: Trial, drawings: Drawings, tmp_
 
 
 @pytest.mark.parametrize(
-    ("image", "names", "templates", "message"),
+    ("ask", "image", "words", "message"),
     [
-        (None, "a, b", "{}", "no image: drop one"),
-        ("words.png", "a, b", "{}", "the image: cannot read"),
-        ("pizza.png", "a, a ,", "{}", "class names: 1; type at least 2"),
-        ("pizza.png", "a, b", "a photo", "prompt templates: 'a photo' has no {}"),
-        ("pizza.png", "a, b", " \n", "prompt templates: empty"),
-        ("pizza.png", ",".join(map(str, range(200))), "imagenet", "16,000 prompts; at most 10,000"),
-        ("pizza.png", "a, " + "b" * LONGEST_PROMPT, "{}", "a prompt of 1,002 characters; at most 1,000"),
-        ("pizza.png", "a, bbbbbbbbbb", "{}" * 99, "a prompt of 1,188 characters; at most 1,000"),
+        ("classify", None, ("a, b", "{}"), "no image: drop one"),
+        ("classify", "words.png", ("a, b", "{}"), "the image: cannot read"),
+        ("classify", "pizza.png", ("a, a ,", "{}"), "class names: 1; type at least 2"),
+        ("classify", "pizza.png", ("a, b", "a photo"), "prompt templates: 'a photo' has no {}"),
+        ("classify", "pizza.png", ("a, b", " \n"), "prompt templates: empty"),
+        ("classify", "pizza.png", (",".join(map(str, range(200))), "imagenet"), "16,000 prompts; at most 10,000"),
+        ("classify", "pizza.png", ("a, " + "b" * LONGEST_PROMPT, "{}"), "a prompt of 1,002 characters"),
+        ("classify", "pizza.png", ("a, bbbbbbbbbb", "{}" * 99), "a prompt of 1,188 characters"),
+        ("locate", None, ("a", ""), "no image: drop one"),
+        ("locate", "pizza.png", (" \n", ""), "nothing to find: type a text a line"),
+        ("locate", "pizza.png", ("\n".join(map(str, range(21))), ""), "texts: 21; at most 20"),
+        ("locate", "pizza.png", ("a", "b" * (LONGEST_PROMPT + 1)), "a text of 1,001 characters; at most 1,000"),
+        ("locate", "pizza.png", ("a", "b\nc"), "background: 2 texts, and false alarms of 0.05 need at least 19"),
+        ("locate", "pizza.png", ("a", "\n".join(map(str, range(10_001)))), "background: 10,001 texts"),
+        ("search", None, (" ", "3"), "nothing to search for"),
+        ("search", None, ("a" * (LONGEST_PROMPT + 1), "3"), "sentence: 1,001 characters; at most 1,000"),
+        *(
+            ("search", None, ("tiger", count), "must be a number from 1 to 200")
+            for count in ("", "0", "-5", "0.5", "201")
+        ),
+        ("search", None, ("tiger", "9" * 9999), "must be a number from 1 to 200"),
     ],
 )
 def test_mistakes_on_the_page_are_said_there(
-    image: str | None, names: str, templates: str, message: str, trial: Trial, drawings: Drawings, tmp_path: Path
+    ask: str, image: str | None, words: tuple[str, str], message: str, trial: Trial, drawings: Drawings, tmp_path: Path
 ) -> None:
     shutil.copy(drawings[1] / "pizza.png", tmp_path)
     (tmp_path / "words.png").write_text("no image")
+    answers = {"classify": trial.classify, "locate": Tab(trial.model), "search": trial.search}
     with pytest.raises(InputError) as caught:
-        trial.classify(tmp_path / image if image else None, names, templates)
+        answers[ask](*([] if ask == "search" else [tmp_path / image if image else None]), *words)
     assert message in str(caught.value)
-    with pytest.raises(InputError, match="nothing to search for"):
-        trial.search(" ", 3)
-    with pytest.raises(InputError, match="sentence: 1,001 characters; at most 1,000"):
-        trial.search("a" * (LONGEST_PROMPT + 1), 3)
-    for count in ("", "0", "-5", "0.5", "201", "9" * 9999, "nan"):
-        with pytest.raises(InputError, match="images: .*; must be a number from 1 to 200"):
-            trial.search("tiger", count)
 
 
 # The command, in a process of its own -----------------------------------------------------------------------------

@@ -10,12 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -25,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from datamodules import ImageFolderClasses
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.evaluation import classification
@@ -36,7 +35,6 @@ from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
 from tests.helpers import forks
 from tests.helpers.encoding import watch_encoding
-from tests.helpers.fork_ranks import command_of_ranks
 
 FOLDER = "datamodules.ImageFolderClasses"
 
@@ -67,15 +65,9 @@ def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
             for number in range(images):
                 (folder / f"{number}.png").write_bytes(noise_png(100 * number + len(split), label))
     shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
-    write_suite(
-        tmp_path,
-        noise={
-            "data": {"class_path": FOLDER},
-            "splits": {"train": {"root": "train"}, "test": {"root": "test"}},
-            "templates": TEMPLATES,
-        },
-        gone={"data": {"class_path": FOLDER, "init_args": {"root": "gone"}}, "how_to_get": "ask its authors"},
-    )
+    splits = {"train": {"root": "train"}, "test": {"root": "test"}}
+    gone = {"data": {"class_path": FOLDER, "init_args": {"root": "gone"}}, "how_to_get": "ask its authors"}
+    write_suite(tmp_path, noise={"data": {"class_path": FOLDER}, "splits": splits, "templates": TEMPLATES}, gone=gone)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -221,22 +213,6 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
         assert results[name]["splits"]["train"]["images"] == 72
 
 
-@pytest.mark.slow
-def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Path) -> None:
-    images = [Image.open(path) for name in CLASSES[:2] for path in sorted(Path("data/train", name).glob("*.png"))]
-    write_shards(root / "data/two", images, [0] * 12 + [1] * 12, [])
-    names = root / "data/two/classnames.txt"
-    train = {"class_path": FOLDER, "init_args": {"root": "train"}}
-    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "two"}}
-    write_suite(root, two={"data": data, "splits": {"test": {}, "train": train}})
-    values = []
-    for order in (CLASSES[:2], CLASSES[1::-1]):
-        names.write_text("\n".join(order))
-        values.append(evaluate("--tasks", "linear_probe")["sets"]["two"]["tasks"]["linear_probe"]["value"])
-    assert values[0] > 0.5
-    assert values[1] == pytest.approx(1 - values[0])
-
-
 def test_two_processes_give_the_same_results(root: Path) -> None:
     options = ("--draws", "1", "--shots", "2", "--metrics", "auroc=torchmetrics.classification.MulticlassAUROC")
     one = evaluate(*options)["sets"]
@@ -358,19 +334,6 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
     assert 0 <= again <= 4  # at most the batch that was being read
 
 
-@pytest.mark.slow  # the test before interrupts one process
-def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> None:
-    """SIGTERM reaches only the first process, where Lightning's own handler would wait forever for the others."""
-    with evaluating(root, 8, "--devices", "2", function=partial(command_of_ranks, 2)) as process:
-        (rank,) = psutil.Process(process.pid).children()
-        process.terminate()
-        process.join(30)
-        assert process.exitcode == -signal.SIGTERM
-        assert psutil.wait_procs([rank], 30)[1] == []  # the other process notices and stops
-    assert 8 <= len(read(root)) < 60
-    resume(root)
-
-
 def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> None:
     Path("data/test/cat/2.png").write_bytes(b"no image")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
@@ -466,14 +429,9 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
     write_shards(root / "data/labelled", images, labels, [])
     write_shards(root / "data/captioned", images, None, captions)
     reader = "datamodules.evaluation.WebDataset"
-    write_suite(
-        root,
-        labelled={"data": {"class_path": reader, "init_args": {"root": "labelled"}}},
-        captioned={
-            "data": {"class_path": f"{reader}Captions", "init_args": {"root": "captioned"}},
-            "metric": "recall@1",
-        },
-    )
+    captioned = {"class_path": f"{reader}Captions", "init_args": {"root": "captioned"}}
+    labelled = {"data": {"class_path": reader, "init_args": {"root": "labelled"}}}
+    write_suite(root, labelled=labelled, captioned={"data": captioned, "metric": "recall@1"})
     ours = evaluate()["sets"]
     transform, tokenizer = image_transform(model.preprocessing), model.tokenizer
     data = build_dataset("wds/labelled", str(root / "data/labelled"), transform, task="zeroshot_classification")
@@ -568,89 +526,3 @@ def test_recalls_are_shown_merged_where_captions_repeat(root: Path, capsys: pyte
             assert re.search(rf"distinct +{way} R@{k} ", told.out)
     assert "captions repeat, and equal ones count as one" in told.out
     assert "captions repeat, and equal ones count as one" in page
-
-
-@pytest.mark.slow
-def test_another_run_is_compared_image_by_image(root: Path) -> None:
-    """The files of predictions agree with the results, and are written again if they are gone."""
-    import pyarrow.parquet as pq
-
-    checkpoint = torch.load("last.ckpt", weights_only=True)
-    weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
-    torch.manual_seed(0)
-    checkpoint["state_dict"] = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in weights.items()}
-    torch.save(checkpoint, "other.ckpt")
-    tasks = ("--tasks", "zero_shot", "linear_probe")
-    run_command([*words(*tasks), "--model", "other.ckpt", "--output", "first"])
-    theirs = json.loads(Path("first/results.json").read_text())["sets"]["noise"]["tasks"]
-    results = evaluate(*tasks, "--compare", "other=first", "this=first")
-    ours = results["sets"]["noise"]["tasks"]
-    for task in ("zero_shot", "linear_probe"):
-        found = pq.read_table(Path("out", ours[task]["predictions"])).to_pydict()
-        assert found["key"] == [f"{name}/{number}.png" for name in sorted(CLASSES) for number in range(5)]
-        assert sum(found["score"]) / 30 == pytest.approx(ours[task]["value"])
-        right = [t == p for t, p in zip(found["truth"], found["prediction"], strict=True)]
-        assert right == [score == 1 for score in found["score"]]
-        low, high = ours[task]["intervals"]["top1"]
-        assert low < ours[task]["value"] < high
-    compared = {each["task"]: each for each in results["comparisons"]}
-    assert {each["run"] for each in results["comparisons"]} == {"other"}  # not a seed of its own recipe
-    differences = {task: ours[task]["value"] - theirs[task]["value"] for task in compared}
-    assert {task: each["difference"] for task, each in compared.items()} == pytest.approx(differences)
-    assert any(differences.values())
-    page = (root / "out/report.html").read_text(encoding="utf-8")
-    assert "compared with other" in page
-    assert "this, 2 runs" in page
-    assert "this run,last.ckpt,noise,zero_shot,,top1" in Path("out/results.csv").read_text()
-    assert "noise & top-1" in Path("out/results.tex").read_text()
-    Path("out", ours["zero_shot"]["predictions"]).unlink()
-    evaluate("--tasks", "zero_shot")
-    written = Path("out", ours["zero_shot"]["predictions"])
-    kept = written.read_bytes()
-    written.write_bytes(Path("first", theirs["zero_shot"]["predictions"]).read_bytes())  # another run's
-    evaluate("--tasks", "zero_shot")
-    assert written.read_bytes() == kept
-
-
-def test_distances_and_folds_are_kept_with_their_intervals(root: Path) -> None:
-    """Three folds that share their test images, and images located by their neighbours."""
-    import pyarrow.parquet as pq
-    from scipy.stats import binomtest
-
-    for split, first in (("train", 0), ("test", 30)):
-        lines = [f"{split}/{n}.png,{n % 7},{n % 5}" for n in range(first, first + 20)]
-        Path(f"data/{split}.csv").write_text("\n".join(["image,latitude,longitude", *lines]), encoding="utf-8")
-        for number in range(first, first + 20):
-            noise(number, number % 6).save(f"data/{split}/{number}.png")
-    write_suite(
-        root,
-        places={
-            "data": {"class_path": "datamodules.evaluation.LocatedImages"},
-            "splits": {split: {"path": f"{split}.csv"} for split in ("train", "test")},
-            "metric": "within_km",
-        },
-        folds={
-            "data": {"class_path": FOLDER},
-            "splits": {"test": {"root": "test"}},
-            "folds": [{}, {}, {}],
-            "class_names": CLASSES,
-            "metric": "mean_per_class",
-        },
-    )
-    found = evaluate()["sets"]
-    places = found["places"]["tasks"]["geolocation"]
-    distances = pq.read_table(Path("out", places["predictions"]))["km"].to_numpy()
-    assert len(distances) == 20
-    for metric, value in places["metrics"].items():
-        hits = int((distances <= float(metric[7:-2])).sum())
-        assert value == pytest.approx(hits / 20)
-        interval = binomtest(hits, 20).proportion_ci(0.995, "exact")
-        assert places["intervals"][metric] == pytest.approx([interval.low, interval.high])
-    folds = found["folds"]["tasks"]["zero_shot"]
-    kept = pq.read_table(Path("out", folds["predictions"])).to_pydict()
-    assert kept["fold"] == [fold for fold in range(3) for _ in range(30)]
-    assert kept["score"][:30] == kept["score"][30:60] == kept["score"][60:]
-    assert {"top1", "top5"} <= set(folds["intervals"]) <= {"top1", "top5", "mean_per_class"}
-    right = round(30 * folds["metrics"]["top1"])
-    interval = binomtest(right, 30).proportion_ci(0.995, "exact")  # of 30 images, not of 90
-    assert folds["intervals"]["top1"] == pytest.approx([interval.low, interval.high])

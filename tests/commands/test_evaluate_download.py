@@ -11,15 +11,14 @@ import pytest
 import yaml
 
 from lit_clip.cli.subcommands import run_command
-from lit_clip.commands import evaluate as command
-from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.errors import InputError
+from tests.commands.test_evaluate import words
 from tests.conftest import lit_clip_command
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, paint_shade, wds_sample, write_wds
 from tests.helpers.fork_ranks import command_of_ranks
 from tests.helpers.hub import Hub, Repository, command_with_hub, running_hub
 
-WEB = "datamodules.evaluation.WebDataset"
+WEB, SETS = "datamodules.evaluation.WebDataset", ("mine", "wds_there", "wds_gone", "asked")
 
 
 @pytest.fixture
@@ -31,17 +30,12 @@ def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
         for number in range(12):
             paint_shade(tmp_path / f"data/mine/{name}/{number}.png", 10 * number)
     shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
+    data = {name: {"class_path": WEB, "init_args": {"root": name}} for name in ("wds_there", "wds_gone", "asked")}
     suite: dict[str, Any] = {
         "mine": {"data": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "mine"}}},
-        "wds_there": {
-            "data": {"class_path": WEB, "init_args": {"root": "wds_there"}},
-            "download": [{"hub": "a/there"}],
-        },
-        "wds_gone": {"data": {"class_path": WEB, "init_args": {"root": "wds_gone"}}, "download": [{"hub": "a/gone"}]},
-        "asked": {
-            "data": {"class_path": WEB, "init_args": {"root": "asked"}},
-            "how_to_get": "ask its authors",
-        },
+        "wds_there": {"data": data["wds_there"], "download": [{"hub": "a/there"}]},
+        "wds_gone": {"data": data["wds_gone"], "download": [{"hub": "a/gone"}]},
+        "asked": {"data": data["asked"], "how_to_get": "ask its authors"},
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": suite}), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -55,11 +49,6 @@ def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
         yield server
 
 
-def words(*more: str) -> list[str]:
-    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data_root", "data", "--output", "out"]
-    return ["evaluate", *base, "--num_workers", "0", "--accelerator", "cpu", *more]
-
-
 def read_sets() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
 
@@ -68,12 +57,7 @@ def test_nothing_is_downloaded_without_the_option(hub: Hub, capsys: pytest.Captu
     run_command(words())
     assert "2 of the missing sets can be downloaded with --download" in capsys.readouterr().err
     found = read_sets()
-    assert {name: entry["status"] for name, entry in found.items()} == {
-        "mine": "done",
-        "wds_there": "missing",
-        "wds_gone": "missing",
-        "asked": "missing",
-    }
+    assert [found[name]["status"] for name in SETS] == ["done", "missing", "missing", "missing"]
     assert found["wds_there"]["how_to_get"] == "hf download --repo-type dataset a/there --local-dir {root}"
     assert hub.requests == []
 
@@ -82,12 +66,7 @@ def test_missing_sets_are_downloaded_and_evaluated_and_failures_end_the_run(hub:
     with pytest.raises(InputError, match="wds_gone: a/gone: cannot be downloaded from the hub"):
         run_command(words("--download"))
     found = read_sets()
-    assert {name: entry["status"] for name, entry in found.items()} == {
-        "mine": "done",
-        "wds_there": "done",
-        "wds_gone": "failed",
-        "asked": "missing",
-    }
+    assert [found[name]["status"] for name in SETS] == ["done", "done", "failed", "missing"]
     assert found["asked"]["how_to_get"] == "ask its authors"
     assert found["wds_there"]["splits"]["test"]["images"] == len(WDS_LABELS)
     hub.requests.clear()
@@ -132,23 +111,3 @@ def test_results_name_the_files_that_each_split_was_read_from(hub: Hub, tmp_path
     after = read_sets()["mine"]["splits"]["test"]["files"]["images"]
     assert after["files"] == 25
     assert after["names_hash"] != before
-
-
-@pytest.mark.parametrize(
-    ("cores", "devices", "expected"), [(1, 1, 0), (4, 1, 3), (16, 1, 8), (16, 4, 3), (64, -1, 8), (2, 8, 0)]
-)
-def test_workers_share_the_cores_by_default(
-    cores: int, devices: int, expected: int, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lit_clip.tools.workers.usable_cores", lambda: cores)
-    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
-    settings: list[EncodingSettings] = []
-
-    def noted(model: Any, folder: Path, given: EncodingSettings) -> None:
-        settings.append(given)
-        raise InputError("enough")
-
-    monkeypatch.setattr(command, "FeatureStore", noted)
-    with pytest.raises(InputError, match="enough"):
-        run_command([word for word in words("--devices", str(devices)) if word not in ("--num_workers", "0")])
-    assert settings[0].num_workers == expected

@@ -209,9 +209,3 @@ def test_thresholds_of_several_classes_an_image_are_reported_with_what_they_cost
         assert 0 <= held_out <= 1
     assert found["f1_held_out"] == pytest.approx(np.mean([line[5] for line in found["classes"]]))
     assert "on held-out images with a threshold fitted for each class" in (root / "out/report.html").read_text()
-
-
-def test_a_mistyped_metric_is_one_line_before_anything_is_encoded(root: Path) -> None:
-    with pytest.raises(InputError, match="--metrics torchmetrics.Accuracy: must be NAME=CLASS_PATH"):
-        evaluate("--metrics", "torchmetrics.Accuracy")
-    assert not (root / "out").exists()

@@ -17,7 +17,7 @@ from PIL import Image
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import store
 from lit_clip.evaluation.data import MissingData
@@ -30,6 +30,7 @@ from tests.evaluation.test_clip_benchmark import CLASSES, write_shards
 __all__ = ["root"]  # a fixture
 ZERO_SHOT = ("--tasks", "zero_shot")
 DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
+OPEN = f"sets: {{a: {{data: {{class_path: {FOLDER}}}, "  # to be closed by "}}"
 
 
 def test_a_missing_suite_is_an_error_that_suggests_a_similar_name(tmp_path: Path) -> None:
@@ -50,29 +51,14 @@ def test_a_missing_suite_is_an_error_that_suggests_a_similar_name(tmp_path: Path
         (f"sets: {{{'x' * 300}: {DATA}}}", "1 to 100 bytes"),
         (f'sets: {{"a\\nb": {DATA}}}', "or line breaks"),
         (f'sets: {{"a\\0b": {DATA}}}', "cannot be part of file names"),
-        (
-            f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: [test]}}}}}}",
-            "init_args must be a mapping of arguments",
-        ),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: [test]}}}}}}", "init_args must be a mapping"),
         (f"sets: {{a: {{data: {{class_path: {FOLDER}, root: test}}}}}}", "unknown key root"),
         ("sets: {a: {data: {class_path: 5}}}", "class_path must be the name of a class"),
-        (
-            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{train: {{}}, test: {{}}}}}}}}",
-            "the probe would train on test images",
-        ),
-        (
-            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{root: a}}}}, folds: [{{root: b}}]}}}}",
-            "folds: root is set by splits too",
-        ),
-        (
-            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{class_path: {FOLDER}}}}}}}}}",
-            "splits: test has a class_path; write it under data",
-        ),
-        (
-            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{}}, train: {{class_path: x, a: y}}}}}}}}",
-            "splits: train: unknown key a; only class_path and init_args",
-        ),
-        (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a string; put it"),
+        (f"{OPEN}splits: {{train: {{}}, test: {{}}}}}}}}", "the probe would train on test images"),
+        (f"{OPEN}splits: {{test: {{root: a}}}}, folds: [{{root: b}}]}}}}", "folds: root is set by splits too"),
+        (f"{OPEN}splits: {{test: {{class_path: {FOLDER}}}}}}}}}", "splits: test has a class_path; write it under data"),
+        (f"{OPEN}splits: {{test: {{}}, train: {{class_path: x, a: y}}}}}}}}", "splits: train: unknown key a; only"),
+        (f"{OPEN}class_names: [yes, maybe]}}}}", "True is not a string; put it"),
     ],
 )
 def test_an_invalid_suite_is_an_error_that_names_the_file(tmp_path: Path, suite: str, message: str) -> None:
@@ -140,11 +126,8 @@ def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path
         if int(path.stem) >= 4:
             path.unlink()
     results = evaluate("--tasks", "few_shot", "--draws", "1")["sets"]["parts"]
-    found, why = (
-        results["tasks"]["few_shot"],
-        "has 3 examples to draw from, as a fifth is held out to choose the penalty",
-    )
-    assert results["reason"] == f"few_shot: no result of 4, 8, 16 shots: class 'ant' {why}"
+    found = results["tasks"]["few_shot"]
+    assert "few_shot: no result of 4, 8, 16 shots: class 'ant' has 3 examples to draw from" in results["reason"]
     assert results["reason"] in html.unescape(Path("out/report.html").read_text())
     assert [(shots, len(values)) for shots, values in found["shots"]] == [(1, 2), (2, 2)]
     assert found["left_out"].keys() == {"4", "8", "16"}
@@ -299,60 +282,12 @@ def test_a_rank_that_cannot_write_stops_the_others(root: Path) -> None:
     assert "cannot be written (File exists)" in result.stderr
 
 
-def changed(results: Any, path: list[str], value: Any) -> Any:
-    """Return a copy of the results with ``value`` at ``path``."""
-    return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
-
-
-def test_a_damaged_file_for_compare_is_an_error_before_anything_is_computed(root: Path) -> None:
-    good = evaluate(*ZERO_SHOT)
-    shutil.rmtree("out")
-    for path, value in (
-        (["model"], "name"),
-        (["sets", "noise", "tasks"], [1]),
-        (["sets", "noise", "splits", "test"], None),
-        (["sets", "noise", "splits", "test", "skipped"], 5),
-        (["sets", "noise", "tasks"], {"few_shot": {"value": 0.5, "shots": [["one", [1]]]}}),
-    ):
-        Path("other.json").write_text(json.dumps(changed(good, path, value)))
-        with pytest.raises(InputError, match=r"other\.json: not (the|a readable) results\.json of"):
-            run_command(words(*ZERO_SHOT, "--compare", "other.json"))
-    assert not Path("out").exists()
-
-
-def test_an_impossible_number_of_shards_is_reported_as_the_first_missing_shard(root: Path) -> None:
-    write_shards(root / "data/tars", [noise(number, number % 6) for number in range(20)], [0] * 20, [])
-    Path("data/tars/test/nshards.txt").write_text("999999999999")
-    reader = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "tars"}}
-    write_suite(root, tars={"data": reader})
-    with pytest.raises(InputError, match="none of 1 sets is there"):
-        run_command(words())
-    assert "2.tar: no such file" in Path("out/report.html").read_text()
-
-
 def test_sets_without_the_requested_task_are_skipped_without_failing(root: Path) -> None:
     suite = {"class_path": FOLDER, "init_args": {"root": "test"}}
     write_suite(root, noise={"data": suite}, of_another_kind={"data": suite, "tasks": ["retrieval"]})
     assert list(evaluate(*ZERO_SHOT)["sets"]) == ["noise"]
     with pytest.raises(InputError, match="--tasks bias: not a task of any of the sets noise, of_another_kind"):
         run_command(words("--tasks", "bias"))
-
-
-def test_a_huge_label_is_an_error_and_does_not_fill_the_memory(root: Path) -> None:
-    Path("data/labels.csv").write_text("image,label\ntest/ant/0.png,0\ntest/bee/0.png,1000000000000\n")
-    reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
-    write_suite(root, table={"data": reader})
-    with pytest.raises(InputError, match=r"labels\.csv: label 1000000000000 is too high"):
-        run_command(words())
-
-
-@pytest.mark.usefixtures("charts")
-def test_class_names_may_contain_line_breaks_and_tags(root: Path) -> None:
-    names = ["<script>alert(1)</script>", "two\nlines", "x" * 300, "../x", "con", "日本語"]
-    suite = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}, "class_names": names}
-    write_suite(root, noise=suite)
-    assert evaluate()["sets"]["noise"]["status"] == "done"
-    assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")
 
 
 def test_non_finite_features_are_reported(root: Path) -> None:

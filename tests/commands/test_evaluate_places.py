@@ -16,20 +16,14 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation import store
 from lit_clip.evaluation.places import PlaceTask
 from tests.commands.test_evaluate import evaluate, root, words, write_suite
-from tests.conftest import ROOT, lit_clip_command
+from tests.conftest import ROOT
 from tests.helpers.miniature_masks import write_all, write_image, write_mask
 
 __all__ = ["root"]
 NAMES = ["red", "green thing", "blue", "a"]
 TEMPLATES = ["a photo of {}.", "{}"]
-ADE = {
-    "root": "ADEChallengeData2016",
-    "images": "images/validation",
-    "masks": "annotations/validation",
-    "classes": NAMES[:3],
-    "background": ["white", "black"],
-    "short_side": 32,
-}
+FILES = {"root": "ADEChallengeData2016", "images": "images/validation", "masks": "annotations/validation"}
+ADE = {**FILES, "classes": NAMES[:3], "background": ["white", "black"], "short_side": 32}
 
 
 @pytest.fixture
@@ -41,28 +35,11 @@ def places(root: Path) -> Path:
         values = np.random.default_rng(number).choice([0, 1, 2, 3, 255], (40, 40 + 10 * number)).astype(np.uint8)
         (folder / "annotations/validation").mkdir(parents=True, exist_ok=True)
         Image.fromarray(values).save(folder / f"annotations/validation/{number}.png")
-    write_suite(
-        root,
-        masks={
-            "data": {"class_path": "datamodules.evaluation.MaskedFiles", "init_args": ADE},
-            "templates": TEMPLATES,
-            "metric": "miou",
-        },
-        grids={
-            "data": {
-                "class_path": "datamodules.evaluation.ImageGrids",
-                "init_args": {
-                    "root": "test",
-                    "images": {"class_path": "datamodules.ImageFolderClasses"},
-                    "side": 40,
-                    "columns": 3,
-                },
-            },
-            "templates": TEMPLATES,
-            "metric": "accuracy",
-            "tasks": ["pointing", "segmentation"],
-        },
-    )
+    masks = {"data": {"class_path": "datamodules.evaluation.MaskedFiles", "init_args": ADE}, "metric": "miou"}
+    folder = {"root": "test", "images": {"class_path": "datamodules.ImageFolderClasses"}, "side": 40, "columns": 3}
+    grids: dict[str, Any] = {"data": {"class_path": "datamodules.evaluation.ImageGrids", "init_args": folder}}
+    grids |= {"metric": "accuracy", "tasks": ["pointing", "segmentation"]}
+    write_suite(root, masks={**masks, "templates": TEMPLATES}, grids={**grids, "templates": TEMPLATES})
     return root
 
 
@@ -123,14 +100,6 @@ def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> Non
     assert (compared["task"], compared["metric"], compared["images"]) == ("pointing", "accuracy", 30)
     assert (compared["difference"], compared["p_value"]) == (0, 1)
     assert "pointing, pointing accuracy" in Path("out/report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow  # test_evaluate.py has two processes for other sets
-def test_two_processes_give_the_same_places(places: Path) -> None:
-    one = evaluate()["sets"]
-    result = lit_clip_command(places, *words("--devices", "2", "--output", "two"))
-    assert result.returncode == 0, result.stderr
-    assert json.loads(Path("two/results.json").read_text(encoding="utf-8"))["sets"] == one
 
 
 def test_records_are_kept_until_a_mask_or_a_name_changes(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,23 +173,11 @@ def test_the_suite_runs_on_miniatures_of_its_real_sets(root: Path, monkeypatch: 
     monkeypatch.setattr("lit_clip.evaluation.data.Localised.short_side", lambda images, size: size)
     monkeypatch.setattr("lit_clip.evaluation.prompts.imagenet_templates", lambda: ["{}"])
     suite = ROOT / "configs/evaluation/segmentation.yaml"
-    names = [
-        "voc21",
-        "voc20",
-        "context60",
-        "context59",
-        "ade20k",
-        "coco_stuff",
-        "cityscapes",
-        "voc2007_boxes",
-        "coco_boxes",
-    ]
-    run_command([*words(), "--suite", str(suite), "--sets", *names])
+    classes = {"voc21": 21, "voc20": 20, "context60": 60, "context59": 59, "ade20k": 150, "coco_stuff": 171}
+    classes |= {"cityscapes": 19, "voc2007_boxes": 20, "coco_boxes": 2}
+    run_command([*words(), "--suite", str(suite), "--sets", *classes])
     sets = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
-    assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(names, "done")
+    assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(classes, "done")
     assert all(0 <= task["value"] <= 1 for found in sets.values() for task in found["tasks"].values())
     assert sets["voc2007_boxes"]["tasks"]["pointing"]["queries"] == 4
-    assert {name: len(found["class_names"]) for name, found in sets.items()} == {
-        **{"voc21": 21, "voc20": 20, "context60": 60, "context59": 59, "ade20k": 150, "coco_stuff": 171},
-        **{"cityscapes": 19, "voc2007_boxes": 20, "coco_boxes": 2},
-    }
+    assert {name: len(found["class_names"]) for name, found in sets.items()} == classes

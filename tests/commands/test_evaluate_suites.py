@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from datamodules.evaluation import BabelImageNet
 from datamodules.evaluation.caption_choices import Subset
 from datamodules.evaluation.imagenet import imagenet_wnids
-from lit_clip import image_transform, load_model, zero_shot_classifier
+from lit_clip import image_transform, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingSettings
-from lit_clip.errors import InputError
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.evaluation import tasks
 from lit_clip.evaluation.overview import group_means, rows
 from lit_clip.evaluation.published import datacomp_groups
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import counted_images, evaluate, noise, root, words, write_suite
-from tests.conftest import ROOT, lit_clip_command
+from tests.conftest import ROOT
 from tests.datamodules.evaluation.test_caption_choices import (
     write_aro,
     write_json,
@@ -49,20 +47,16 @@ def choices(root: Path) -> Path:
     for number in range(40):
         noise(number, number % 6).save(root / f"data/wino/images/{number}.png")
     write_captions(root, "thing")
-    wino = [
+    pairs = [
         {"image_0": str(2 * n), "image_1": str(2 * n + 1), "caption_0": f"{n} on a hat", "caption_1": f"a hat on {n}"}
         for n in range(20)
     ]
-    (root / "data/wino/examples.jsonl").write_text("\n".join(map(json.dumps, wino)))
+    (root / "data/wino/examples.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     reader = "datamodules.evaluation."
-    write_suite(
-        root,
-        crepe={
-            "data": {"class_path": f"{reader}SugarCrepe", "init_args": {"root": "crepe", "subset": "add_obj"}},
-            "metric": "text_score",
-        },
-        wino={"data": {"class_path": f"{reader}Winoground", "init_args": {"root": "wino"}}, "metric": "group_score"},
-    )
+    crepe = {"class_path": f"{reader}SugarCrepe", "init_args": {"root": "crepe", "subset": "add_obj"}}
+    wino = {"class_path": f"{reader}Winoground", "init_args": {"root": "wino"}}
+    of_crepe, of_wino = {"data": crepe, "metric": "text_score"}, {"data": wino, "metric": "group_score"}
+    write_suite(root, crepe=of_crepe, wino=of_wino)
     return root
 
 
@@ -110,14 +104,6 @@ def test_choices_equal_clip_benchmarks(choices: Path, capsys: pytest.CaptureFixt
     assert f"{100 * crepe['value']:.1f}" in capsys.readouterr().out  # in the table
 
 
-@pytest.mark.slow  # test_evaluate.py has two processes for other sets
-def test_two_processes_give_the_same_choices(choices: Path) -> None:
-    one = evaluate()["sets"]
-    result = lit_clip_command(choices, *words("--devices", "2", "--output", "two"))
-    assert result.returncode == 0, result.stderr
-    assert json.loads(Path("two/results.json").read_text(encoding="utf-8"))["sets"] == one
-
-
 def test_choices_are_cached_until_a_caption_changes(choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate()["sets"]["crepe"]["tasks"]
     calls: list[str] = []
@@ -130,14 +116,6 @@ def test_choices_are_cached_until_a_caption_changes(choices: Path, monkeypatch: 
     changed = evaluate()["sets"]["crepe"]["tasks"]
     assert calls == ["text_score"]
     assert changed["caption_choice"]["choices"] == QUESTIONS
-
-
-def test_a_question_with_a_broken_image_is_skipped_or_an_error(choices: Path) -> None:
-    (choices / "data/crepe/val2017/3.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="3.png"):
-        evaluate("--sets", "crepe")
-    found = evaluate("--sets", "crepe", "--on_error", "skip")["sets"]["crepe"]
-    assert (found["tasks"]["caption_choice"]["choices"], found["splits"]["test"]["images"]) == (QUESTIONS - 2, 19)
 
 
 def test_the_suite_runs_on_miniatures_of_all_its_sets(root: Path) -> None:
@@ -181,71 +159,39 @@ def npy(values: list[int]) -> bytes:
     return file.getvalue()
 
 
-@torch.no_grad()
-def plain_scores() -> torch.Tensor:
-    """Logits ``[IMAGES, 7]`` of the images that every classification set has here."""
-    model = load_model("last.ckpt")
-    classifier = zero_shot_classifier(model, NAMES, ["a photo of a {}.", "one {}"])
-    pixels = [model.preprocess(noise(number, number % 6))[None] for number in range(IMAGES)]
-    return torch.cat([model.encode_image(each, normalize=True) for each in pixels]) @ classifier
-
-
 @pytest.fixture
-def labels(root: Path) -> list[int]:
-    """Write all 38 sets with the same images; return the labels: the predictions, for half of the images."""
-    predicted = plain_scores().argmax(dim=1).tolist()
-    # No image is of the last class.
-    labels = [label if n % 2 else (label + n // 2) % 6 for n, label in enumerate(predicted)]
+def datacomp(root: Path) -> None:
+    """Write all 38 sets with the same images, none of which is of the last class."""
     texts: dict[str, Any] = {"names": "\n".join(NAMES), "templates": "a photo of a {c}.\none {c}"}
     for entry in read_suite(SUITE).values():
         folder, kind = root / "data" / entry.data["init_args"]["root"], entry.data["class_path"].rpartition(".")[2]
         if kind == "WinoGAViL":
             write_winogavil(folder)
             continue
-        samples = []
-        for n, label in enumerate(labels):
-            targets = {"cls": str(label).encode(), "npy": npy([n % 3 * 2, 2016, label])}
-            if kind == "WebDatasetCaptions":
+        samples, captioned = [], kind == "WebDatasetCaptions"
+        for n in range(IMAGES):
+            targets = {"cls": str(n % 6).encode(), "npy": npy([n % 3 * 2, 2016, n % 6])}
+            if captioned:
                 targets = {"txt": f"image {n}\nagain {n}".encode()}
             image = png(noise(n, n % 6))
             samples.append({f"s{n:07}.png": image, **{f"s{n:07}.{suffix}": value for suffix, value in targets.items()}})
-        write_wds(folder, samples, **texts) if kind != "WebDatasetCaptions" else write_wds(
-            folder, samples, kind="retrieval"
-        )
-    return labels
+        write_wds(folder, samples, **({"kind": "retrieval"} if captioned else texts))
 
 
-def worst(right: list[bool]) -> float:
-    return min(sum(right[group::3]) / len(right[group::3]) for group in range(3))
-
-
-def test_the_suite_has_datacomps_metrics_and_means(labels: list[int]) -> None:
+@pytest.mark.usefixtures("datacomp")
+def test_sets_of_each_kind_of_datacomps_suite_are_evaluated_and_its_means_are_theirs() -> None:
     opened = {name: entry.open("test", 0, Path("data")) for name, entry in read_suite(SUITE).items()}
     assert len(opened) == 38
     (*_, everything) = datacomp_groups().values()
     others = [name for name, metric in everything.items() if metric != "top1"]
-    of_each_kind = [*others, "datacomp_imagenet1k", "datacomp_wilds-camelyon17"]
-    run_command([*words(), "--suite", str(SUITE), "--sets", *of_each_kind])
+    run_command([*words(), "--suite", str(SUITE), "--sets", *others, "datacomp_imagenet1k"])
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     sets = results["sets"]
     assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(sets, "done")
     value = {
         name.removeprefix("datacomp_"): next(iter(found["tasks"].values()))["value"] for name, found in sets.items()
     }
-    scores, truth = plain_scores(), torch.tensor(labels)
-    predicted, first_five = scores.argmax(dim=1), scores.topk(5).indices
-    right = (predicted == truth).tolist()
-    assert value["imagenet1k"] == value["wilds-camelyon17"] == pytest.approx(sum(right) / IMAGES)
-    f1: Any = f1_score(truth, predicted, average="macro", labels=truth.unique(), zero_division=0.0)  # pyright: ignore[reportArgumentType]
-    assert value["wilds-iwildcam"] == pytest.approx(f1)
-    assert value["wilds-fmow"] == value["geode"] == pytest.approx(worst(right))
-    assert value["dollar_street"] == pytest.approx(worst((first_five == truth[:, None]).any(dim=1).tolist()))
-    seen = torch.isin(predicted, truth)
-    assert bool(seen.all())  # scikit-learn would count a class that is only predicted
-    assert value["vtab-pets"] == pytest.approx(balanced_accuracy_score(truth, predicted))
-    assert (
-        len({value[name] for name in ("imagenet1k", "wilds-iwildcam", "wilds-fmow", "dollar_street", "vtab-pets")}) == 5
-    )
+    assert value["wilds-fmow"] == value["geode"]  # the worst of the same groups
     means = {mean.group: mean.ours for mean in group_means(rows(results), "zero_shot")}
     assert means["DataComp, Average over 38 sets"] is None
     retrieval = [value[name] for name in ("flickr30k", "mscoco_captions", "winogavil")]
@@ -267,30 +213,14 @@ def babel(root: Path) -> Path:
     (root / "names.json").write_text(json.dumps({"DE": [list(CLASSES), list(CLASSES.values())], "XX": [[0], ["x"]]}))
     (root / "prompts.json").write_text(json.dumps({"DE": TEMPLATES}))
     files = {"names": "names.json", "prompts": "prompts.json"}
-    sets: dict[str, Any] = {
-        f"babel_{language}": {
-            "data": {
-                "class_path": "datamodules.evaluation.BabelImageNet",
-                "init_args": {"root": "imagenet", "language": language, **files},
-            }
-        }
-        for language in ("DE", "XX")
-    }
+    sets: dict[str, Any] = {}
+    for language in ("DE", "XX"):
+        own = {"root": "imagenet", "language": language, **files}
+        data = {"class_path": "datamodules.evaluation.BabelImageNet", "init_args": own}
+        sets[f"babel_{language}"] = {"data": data}
     whole = {"class_path": "datamodules.evaluation.ImageNet", "init_args": {"root": "imagenet", "split": "val"}}
     write_suite(root, imagenet={"data": whole, "templates": ["{}"]}, **sets)
     return root
-
-
-@torch.no_grad()
-def german_top1() -> float:
-    model = load_model("last.ckpt")
-    classifier = zero_shot_classifier(model, list(CLASSES.values()), TEMPLATES)
-    right = 0
-    for position, label in enumerate(CLASSES):
-        for path in sorted(Path("data/imagenet/val", imagenet_wnids()[label]).glob("*.png")):
-            feature = model.encode_image(model.preprocess(Image.open(path))[None], normalize=True)
-            right += int((feature @ classifier).argmax()) == position
-    return right / (6 * len(CLASSES))
 
 
 def test_languages_share_the_features_of_imagenet(babel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +230,6 @@ def test_languages_share_the_features_of_imagenet(babel: Path, monkeypatch: pyte
     german = sets["babel_DE"]
     assert (german["splits"]["test"]["images"], german["prompts"]["texts"]) == (24, 8)
     assert 0 < german["tasks"]["zero_shot"]["value"] < 1
-    assert german["tasks"]["zero_shot"]["value"] == pytest.approx(german_top1(), abs=1e-9)
     assert sets["babel_XX"]["splits"]["test"]["images"] == 6
     part = BabelImageNet("data/imagenet", "DE", "names.json", "prompts.json")
     model = load_model("last.ckpt")

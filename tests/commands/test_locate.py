@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from lit_clip import create_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.locate import file_stem
 from lit_clip.errors import InputError
@@ -88,14 +86,6 @@ def test_locations_equal_those_of_the_maps_of_each_image(folder: Path, capsys: p
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
 
 
-def test_a_second_run_replaces_the_files_of_the_first(folder: Path) -> None:
-    first = run("photos", "red")
-    written = files(folder / "locations")
-    assert run("photos", "red") == first
-    assert files(folder / "locations") == written
-    assert len(written) == 2 + len(first) + sum(row["seen"] for row in first)
-
-
 def test_a_later_run_reads_no_heat_maps_and_leaves_no_file_of_an_earlier_one(folder: Path) -> None:
     first = run(".", "red", "green")
     (folder / "locations/own.png").write_bytes((folder / "photos/a.png").read_bytes())
@@ -170,14 +160,11 @@ def test_the_box_is_the_masks_and_the_peak_lies_in_it(folder: Path, size: tuple[
     assert mask[row["peak"][1], row["peak"][0]]
 
 
-def test_background_texts_that_are_equal_or_searched_do_not_count(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_background_texts_that_are_equal_or_searched_do_not_count(folder: Path) -> None:
     expected = run("photos", "red")
     lines = (folder / "others.txt").read_text()
     (folder / "others.txt").write_text(f"{lines}a  Other\nRed\nred\n")
     assert run("photos", "red") == expected
-    assert "--background others.txt: 3 of 26 texts repeat another or one to find" in capsys.readouterr().err
     (folder / "others.txt").write_text("sky\n" * 19)
     with pytest.raises(InputError, match="background: 1 texts that differ"):
         run("photos", "red")
@@ -200,15 +187,6 @@ def test_names_of_files_are_safe_and_distinct() -> None:
     assert len({stem.lower() for stem in stems}) == len(keys) * len(texts)
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,90}", stem) for stem in stems)
     assert file_stem("photos/Red Kite.jpg", "a kite").startswith("red-kite-a-kite-")
-
-
-def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path) -> None:
-    (folder / "photos/bad.png").write_text("junk")
-    with pytest.raises(InputError, match=r"photos/bad.png: cannot read this image .*--on_error skip"):
-        run("photos", "red")
-    assert not (folder / "locations/locations.json").exists()
-    assert len(run("photos", "red", "--on_error", "skip")) == 3
-    assert (folder / "locations/skipped.txt").read_text().startswith("photos/bad.png\t")
 
 
 def test_an_encoder_without_places_is_refused_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +234,3 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert [row["image"] for row in json.loads((folder / "locations/locations.json.partial").read_text())] == [
         "photos/a.png"
     ]
-
-
-def test_published_architectures_locate_from_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = create_model("ViT-tiny-16-64").eval()
-    monkeypatch.setattr("lit_clip.commands.locate.load_model", lambda name: model)
-    rows = run("photos/a.png", "a dog", "a kite")
-    assert [row["text"] for row in rows] == ["a dog", "a kite"]
-    assert all(-1 <= row["cosine"] <= 1 for row in rows)

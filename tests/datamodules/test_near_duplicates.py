@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.near_duplicates import NEAR_BITS, NEAR_COLOUR, Groups, equal_groups, look_alikes, look_of
+from datamodules.near_duplicates import LOOK, NEAR_BITS, NEAR_COLOUR, Groups, equal_groups, look_labels, look_of
 
 
 def landscape(seed: int, width: int = 640, height: int = 480) -> Image.Image:
@@ -23,9 +23,14 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def groups_of(*images: Image.Image) -> list[list[int]]:
-    looks = [look_of(image) for image in images]
-    bits, colours = np.array([look.bits for look in looks], np.uint64), np.array([look.colour for look in looks], "u4")
-    return [group.tolist() for group in look_alikes(bits, colours).largest]
+    looks = np.array([look_of(image) for image in images], LOOK)
+    return [group.tolist() for group in equal_groups(look_labels(looks)).largest]
+
+
+def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
+    looks = np.zeros(len(bits), LOOK)
+    looks["bits"], looks["colour"] = bits, colours
+    return equal_groups(look_labels(looks))
 
 
 def test_difference_hash_matches_its_definition() -> None:

@@ -15,7 +15,7 @@ from lit_clip.embedding.feature_files import FeatureTable, read_features, write_
 from lit_clip.embedding.index import nearest, nearest_others
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError
-from tests.helpers.damage import pipe, scattered
+from tests.helpers.damage import pipe
 
 N, D = 9, 4
 IDENTITIES = [(f"{number}.png", number, 10 * number) for number in range(N)]
@@ -70,17 +70,6 @@ def test_table_that_was_changed_in_any_way_is_made_again(tmp_path: Path, damage:
     assert load_arrays(path, "model", FeatureTable.of) is None
 
 
-def test_randomly_damaged_table_is_the_same_or_made_again(tmp_path: Path) -> None:
-    path, again = tmp_path / "index.npz", 0
-    for seed in range(60):
-        save_arrays(path, "model", FeatureTable(IDENTITIES, features()).arrays())
-        scattered(seed)(path)
-        table = load_arrays(path, "model", FeatureTable.of)
-        again += table is None
-        assert table is None or (np.array_equal(table.features, features()) and table.identities == IDENTITIES)
-    assert again > 30
-
-
 def column(name: str, values: pa.Array) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         table = pq.read_table(path)
@@ -100,16 +89,8 @@ LISTS = pa.list_(pa.float32(), D)
     ("suffix", "damage", "message"),
     [
         (".npy", lambda path: np.save(path, features() * np.nan), "features are not finite"),
-        (
-            ".npy",
-            lambda path: np.save(path, 100 * features()),
-            rf"row 0 \({IDENTITIES[0][0]}\): its features have length 100, not 1",
-        ),
-        (
-            ".npy",
-            lambda path: np.save(path, features() * (np.arange(N) != 4)[:, None]),
-            r"row 4 .* have length 0, not 1",
-        ),
+        (".npy", lambda path: np.save(path, 100 * features()), r"row 0 \(0.png\): its features have length 100, not 1"),
+        (".npy", lambda path: np.save(path, features() * (np.arange(N) != 4)[:, None]), "row 4 .* have length 0"),
         (".npy", lambda path: np.save(path, 1e30 * features()), "features are not finite"),
         (".npy", lambda path: np.save(path, features()[0]), "not a readable file of features"),
         (".npy", lambda path: path.write_bytes(b""), "not a readable file of features"),

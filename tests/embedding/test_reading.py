@@ -1,7 +1,6 @@
 """Images are found, read and encoded: all commands refuse the same files, and no row is lost or replaced."""
 
 import io
-import itertools
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding import precision
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import find_images, images_in
 from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
@@ -70,16 +69,21 @@ def problem_in_training(path: Path) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        ["embed", "set", "--output", "features.npy", "--accelerator", "cpu"],
-        ["classify", "set", "--classes", "cat", "dog"],
-        ["search", "set", "kite"],
+        ["embed", "set", "--output", "features.npy", "--accelerator", "cpu", "--num_workers", "0"],
+        ["classify", "set", "--classes", "cat", "dog", "--output_file", "out.csv", "--num_workers", "0"],
+        ["search", "set", "kite", "--num_workers", "0"],
+        ["locate", "set", "kite"],
     ],
 )
 def test_commands_refuse_what_training_refuses(refused: Path, words: list[str], tiny_checkpoint: Path) -> None:
+    """And list it if it may be skipped."""
     problem = problem_in_training(refused)
     with pytest.raises(InputError) as error:
-        run_command([*words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+        run_command([*words, "--model", str(tiny_checkpoint)])
     assert str(error.value) == f"{refused}: cannot read this image {problem}; fix or remove it, or set --on_error skip"
+    run_command([*words, "--model", str(tiny_checkpoint), "--on_error", "skip"])
+    (listed,) = Path().rglob("*skipped.txt")
+    assert problem in listed.read_text()
 
 
 def test_a_query_image_is_refused_before_the_folder_is_encoded(refused: Path, tiny_checkpoint: Path) -> None:
@@ -183,16 +187,9 @@ class Films:
         return f"film {row}", [] if row == 5 else [image(10 * row + frame, 40, 36) for frame in range(row + 1)]
 
 
-# Each two of the three; starting the workers of the rest takes seconds.
-PAIRWISE = {(1, 1, 0), (1, 3, 2), (1, 64, 0), (2, 1, 0), (2, 3, 0), (2, 64, 2), (7, 1, 2), (7, 3, 0), (7, 64, 0)}
-
-
 @pytest.mark.parametrize(
     ("rows_at_once", "batch_size", "num_workers"),
-    [
-        pytest.param(*case, marks=[] if case in PAIRWISE else pytest.mark.slow)
-        for case in itertools.product([1, 2, 7], [1, 3, 64], [0, 2])
-    ],
+    [(1, 1, 0), (1, 3, 2), (1, 64, 0), (2, 1, 0), (2, 3, 0), (2, 64, 2), (7, 1, 2), (7, 3, 0), (7, 64, 0)],  # pairwise
 )
 def test_features_do_not_depend_on_batch_size_or_workers(
     rows_at_once: int, batch_size: int, num_workers: int, tiny_config: CLIPConfig
@@ -311,3 +308,15 @@ def test_float32_leaves_a_trainers_autocast_as_it_is() -> None:
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "expected"), [(1, 1, 0), (4, 1, 3), (16, 1, 8), (16, 4, 3), (64, -1, 8), (2, 8, 0)]
+)
+def test_workers_share_the_cores_by_default(
+    cores: int, devices: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_clip.tools.workers.usable_cores", lambda: cores)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    assert EncodingSettings(devices=devices).workers == expected
+    assert EncodingSettings(devices=devices, num_workers=5).workers == 5

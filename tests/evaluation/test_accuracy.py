@@ -1,7 +1,6 @@
 """Accuracies and confusions against scikit-learn, torchmetrics and a plain sort; the bias probes by hand."""
 
 import csv
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import accuracy as module
-from lit_clip.evaluation import confusions
+from lit_clip.evaluation import predictions as confusions
 from lit_clip.evaluation.accuracy import accuracies, baseline_accuracies, classification_counts
 from lit_clip.evaluation.bias import bias_report, bias_texts
 
@@ -134,7 +133,7 @@ def test_the_matrix_its_pairs_and_its_file_equal_scikit_learns(
 
 
 GROUPS = {
-    "race": ["White", "White", "Black", "Black", "Latino Hispanic", "East Asian"],
+    "race": ["White", "White", "Black", "Black", "Latino_Hispanic", "East Asian"],
     "gender": ["Male", "Female", "Male", "Female", "Male", "Female"],
     "age": ["0-2", "20-29", "20-29", "3-9", "more than 70", "20-29"],
 }
@@ -206,25 +205,6 @@ def test_denigrating_predictions_are_counted_with_and_without_the_class_child() 
     assert by_age == {"default": (1, 1), "with_child": (0, 1)}
 
 
-def test_the_report_is_json_and_includes_the_prompts() -> None:
-    probes = {"age": scores_of("age", ["0-2"] * 6), "denigration": scores_of("denigration", ["animal"] * 6)}
-    report = bias_report(probes, GROUPS)
-    assert json.loads(json.dumps(report)) == report
-    assert "not published" in report["note"]
-    assert list(report["prompts"]) == ["age", "denigration"]
-    assert list(report["accuracy"]) == ["age"]
-
-
-@pytest.mark.parametrize(
-    ("probe", "scores", "changed", "parts"),
-    [
-        ("race", torch.zeros(6, 7), {"gender": ["Male"] * 5 + ["x"]}, ["gender", "image 5", "'x'", "Female"]),
-        ("race", torch.zeros(6, 7), {"age": ["0-2"] * 5}, ["different numbers", "5"]),
-    ],
-)
-def test_groups_that_fairface_does_not_have_are_an_error(
-    probe: str, scores: Tensor, changed: dict[str, list[str]], parts: list[str]
-) -> None:
-    with pytest.raises(InputError) as error:
-        bias_report({probe: scores}, {**GROUPS, **changed})
-    assert all(part in str(error.value) for part in parts)
+def test_groups_that_fairface_does_not_have_are_an_error() -> None:
+    with pytest.raises(InputError, match="gender x; FairFace has Male, Female"):
+        bias_report({"race": torch.zeros(6, 7)}, {**GROUPS, "gender": ["Male"] * 5 + ["x"]})

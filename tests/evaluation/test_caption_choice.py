@@ -11,7 +11,7 @@ from sklearn.metrics import jaccard_score
 from lit_clip.errors import InputError
 from lit_clip.evaluation.caption_choice import EncodedChoices, answer, chance, evaluate_choices, readable_choices
 from lit_clip.evaluation.data import Choice
-from lit_clip.evaluation.scores import interval
+from lit_clip.evaluation.overlap import clopper_pearson
 
 NAN = float("nan")
 
@@ -91,7 +91,7 @@ def test_macro_score_is_the_mean_over_groups_and_leaves_out_questions_without_on
     }
     assert (found["baseline"], found["choices"]) == (0.5, 6)
     assert set(found["intervals"]) == {"text_score", "macro_text_score"}
-    assert found["intervals"]["text_score"] == interval(found["metrics"]["text_score"], 6)
+    assert found["intervals"]["text_score"] == clopper_pearson(round(6 * found["metrics"]["text_score"]), 6)
     low, high = found["intervals"]["macro_text_score"]  # of the group of one question only that one can be drawn
     assert (low, high) == (right[3] / 2, (1 + right[3]) / 2)
 

@@ -276,16 +276,6 @@ def test_other_means_have_the_interval_of_a_plain_bootstrap(strata: list[list[fl
     assert scores.interval() == (low, high)  # the same in every run
 
 
-def test_the_intervals_width_is_that_of_the_true_distribution() -> None:
-    """Classes of three images, right with probability 0.7: drawing three of three would be a fifth too narrow."""
-    generator = np.random.default_rng(0)
-    classes = np.repeat(np.arange(200), 3)
-    runs = [UnitScores((generator.random(600) < 0.7).astype(float), classes) for _ in range(12)]
-    width = np.mean([high - low for low, high in (run.bootstrap() for run in runs)])
-    true = 2 * 2.807 * np.sqrt(0.7 * 0.3 / 600)  # 2.807 standard deviations hold 99.5 %
-    assert width == pytest.approx(true, rel=0.05)
-
-
 def test_the_mean_per_class_is_bootstrapped_within_classes() -> None:
     """Drawn from all images together, its interval would be that of one large class."""
     values, classes = np.array([1.0] * 50 + [0.0] * 50), np.repeat([0, 1], 50)

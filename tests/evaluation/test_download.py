@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 import tarfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,10 +70,7 @@ def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
     names = ["classnames.txt", "zeroshot_classification_templates.txt", "test/0.tar", "test/1.tar", "test/nshards.txt"]
     assert files == {f"wds_mnist/{name}" for name in names}  # no train, and nothing of the transfer
     total = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
-    assert (
-        f"downloading {total / 1e3:.3g} kB into {data}:\n  digits, again: {total / 1e3:.3g} kB"
-        in capsys.readouterr().err
-    )
+    assert f"downloading {total / 1e3:.3g} kB into {data}: digits, again" in capsys.readouterr().err
     assert sorted(gets(hub)) == sorted(Path(name).name for name in names)
     hub.requests.clear()
     assert download_missing({"digits": wds}, data) == {}
@@ -164,7 +160,7 @@ def test_interrupted_transfer_resumes_where_it_ended(
 
 
 def test_second_process_waits_and_downloads_nothing_again(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is of an open file, so that threads stand for processes."""
     almost_done, go_on, fetch = Event(), Event(), download._fetch
@@ -182,15 +178,9 @@ def test_second_process_waits_and_downloads_nothing_again(
         assert almost_done.wait(20)
         almost_done.clear()
         second = pool.submit(download_missing, {"same": wds}, tmp_path / "data")
-        said, end = "", time.monotonic() + 10
-        while "same: waiting for another process" not in said and time.monotonic() < end:
-            said += capsys.readouterr().err
-            time.sleep(0.01)
-        waited = not almost_done.is_set()
+        assert not almost_done.wait(0.5)
         go_on.set()
         assert (first.result(20), second.result(20)) == ({}, {})
-    assert "same: waiting for another process that downloads into" in said
-    assert waited
     assert len(gets(hub)) == len(set(gets(hub))) == 5
     assert len(keys(wds, tmp_path / "data")) == len(WDS_LABELS)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
@@ -219,28 +209,6 @@ def test_set_that_the_hub_does_not_have_is_named_and_the_others_are_downloaded(
     assert list(failed) == ["gone"]
     assert "clip-benchmark/gone: cannot be downloaded from the hub" in failed["gone"]
     assert (tmp_path / "data/wds_mnist").is_dir()
-
-
-def set_free_space(patch: pytest.MonkeyPatch, free: int) -> None:
-    patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
-
-
-def test_set_for_which_there_is_too_little_space_fails_and_smaller_ones_are_downloaded(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
-    size = sum(len(body) for name, body in files.items() if not name.startswith(("train", ".")))
-    hub.repositories["a/large"] = Repository()
-    hub.repositories["a/large"].push({**files, "test/9.tar": bytes(1000)})
-    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "large"}}
-    set_free_space(monkeypatch, size)
-    entries = {"large": SuiteEntry(data, download=[{"hub": "a/large"}]), "digits": wds}
-    failed = download_missing(entries, tmp_path / "data")
-    needed = f"{(size + 1000) / 1e3:.3g} kB do not fit; {size / 1e3:.3g} kB are free"
-    assert failed == {"large": f"--data_root {tmp_path / 'data'}: {needed}"}
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
-    assert f"large: {(size + 1000) / 1e3:.3g} kB" in capsys.readouterr().err
-    assert not any("large" in request for request in hub.requests if "resolve" in request)
 
 
 @pytest.fixture
@@ -272,7 +240,7 @@ def test_torchvisions_set_is_downloaded_unpacked_and_its_archive_removed(
     assert keys(dtd, tmp_path / "data") == [expected.key(i) for i in range(len(expected))]
     assert sorted(path.name for path in (tmp_path / "data/dtd/dtd").iterdir()) == ["dtd"]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dtd"]
-    assert "textures: unknown size" in capsys.readouterr().err
+    assert "and files of unknown size into" in capsys.readouterr().err
 
 
 def test_interrupted_unpacking_starts_again(
@@ -306,7 +274,7 @@ def test_torchvisions_split_that_no_task_uses_is_not_downloaded(tmp_path: Path) 
     cases: list[tuple[list[Task], list[str]]] = [(["zero_shot"], ["test"]), (["linear_probe"], ["train", "test"])]
     for tasks, splits in cases:
         (plan,) = download._plans({"signs": entry}, tmp_path, tasks)
-        assert [source["split"] for source in plan.sources] == splits
+        assert [source["split"] for source in plan.torchvision] == splits
 
 
 def test_archive_that_cannot_be_unpacked_is_downloaded_again(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import rows
 from lit_clip.evaluation.predictions import (
     class_columns,
     joined,
@@ -20,12 +19,11 @@ from lit_clip.evaluation.predictions import (
     retrieval_columns,
     write_predictions,
 )
-from lit_clip.evaluation.report.result_columns import result_columns
 from lit_clip.evaluation.report.tables import escape, latex, write_tables
 from lit_clip.evaluation.results import Results, read_results
 from lit_clip.evaluation.scores import evaluate_scores, unit_scores
 from lit_clip.evaluation.targets import Targets
-from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.retrieval.metrics import PairIndices, Ranks
 from tests.evaluation.test_report import EVIL, a_set, results_of, whole_paper, zero_shot
 
 N = 40
@@ -75,7 +73,8 @@ def test_a_caption_is_called_like_its_image_and_repeated_as_often_as_it_occurs()
     pairs = PairIndices(
         torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0])
     )
-    columns = retrieval_columns(["a", "b"], pairs, torch.tensor([4, 0]), torch.tensor([1, 2, 3]))
+    ranks = Ranks(torch.tensor([4, 0]), torch.tensor([1, 2, 3]), *[torch.zeros(2)] * 2)
+    columns = retrieval_columns(["a", "b"], pairs, ranks)
     assert columns["key"] == ["a", "b", "a#0", "b#0", "a#1", "a#2"]
     assert columns["rank"].tolist() == [4, 0, 1, 2, 3, 3]
     assert columns["direction"] == ["image_to_text"] * 2 + ["text_to_image"] * 4
@@ -214,16 +213,6 @@ def test_the_latex_table_has_intervals_and_bold_by_the_papers_rule() -> None:
         ],
         ["mine", "top-1", r"50.0 {\scriptsize [49.0, 51.0]}", "--", "--"],
     ]
-
-
-def test_runs_whose_paths_end_alike_have_a_column_each(tmp_path: Path) -> None:
-    end = "/evaluation/of/the/last/checkpoint"
-    runs = {f"a{end}": other(0.5), f"b{end}": other(0.6), "x/results.json": other(0.7)}
-    ours = results_of({"cifar10": a_set("CIFAR10", 0.8)})
-    names = [f"a{end}", f"b{end}", "x"]
-    assert check_syntax(latex(ours, runs, {}))[0][2:] == ["this run", *names]
-    titles = [column.title for column in result_columns(rows(ours), runs)]
-    assert [title for title in titles if title in names] == names
 
 
 def test_names_are_escaped() -> None:

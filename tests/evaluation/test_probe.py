@@ -85,18 +85,6 @@ def test_float32_accuracy_is_within_a_tenth_of_a_point_of_scikit_learns(
     assert accuracy(ours, features[1000:].float(), labels[1000:]) == pytest.approx(expected, abs=1e-3 + 1 / 797)
 
 
-def test_offset_and_scale_of_features_make_no_difference(digits: tuple[Tensor, Tensor]) -> None:
-    features, labels = digits[0][:600], digits[1][:600]
-    moved = features + torch.linspace(-500, 500, 64)
-    ours, theirs = (
-        LogisticProblem(moved.float(), labels, 10).fit(1.0),
-        LogisticProblem(features, labels, 10).fit(1.0, **EXACT),
-    )
-    assert ours.objective == pytest.approx(theirs.objective, rel=1e-3)
-    assert torch.allclose(ours.weight.double(), theirs.weight, atol=0.02 * float(theirs.weight.abs().max()))
-    assert accuracy(ours, moved.float(), labels) == pytest.approx(accuracy(theirs, features, labels), abs=2e-3)
-
-
 @pytest.mark.parametrize("N", [400, 30])
 def test_two_classes_have_a_single_logit_as_in_scikit_learn(digits: tuple[Tensor, Tensor], N: int) -> None:
     rows = digits[1] < 2
@@ -261,32 +249,6 @@ def test_probes_with_several_and_with_two_classes_are_evaluated_by_their_metric(
     assert next(iter(metrics)) == metric
     assert 0.8 < metrics[metric] <= 1
     assert max(result.search.values()) == result.search[result.l2]
-
-
-def test_splits_that_do_not_match_are_an_error(splits: tuple[Split, Split, Split]) -> None:
-    train, _, test = splits
-    with pytest.raises(InputError, match="64 and 63 features"):
-        train_probe(train, Split(test.features[:, 1:], test.targets), "top1")
-    with pytest.raises(InputError, match="10 and 11 classes"):
-        train_probe(train, Split(test.features, Targets(test.targets.labels, 11)), "top1")
-    with pytest.raises(InputError, match="features of 3 images, but targets of 797"):
-        Split(test.features[:3], test.targets)
-
-
-@pytest.mark.slow
-def test_more_shots_give_better_metrics_and_draws_are_reproducible(splits: tuple[Split, Split, Split]) -> None:
-    train, val, test = splits
-    result = train_few_shot(train, val, "top1", shots=(1, 4, 16), draws=2)
-    found = result.evaluate(test, "top1")
-    means = [float(np.mean(values)) for values in found.values()]
-    assert list(found) == [1, 4, 16]
-    assert means == sorted(means)
-    assert means[0] > 0.4
-    assert means[2] > 0.85
-    assert all(len(values) == 2 for values in found.values())
-    assert all(l2 in L2_GRID for l2 in result.l2.values())
-    again = train_few_shot(train, val, "top1", shots=(1,), draws=2)
-    assert again.evaluate(test, "top1")[1] == found[1]
 
 
 def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(

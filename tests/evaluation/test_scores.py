@@ -15,9 +15,10 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
 from lit_clip.evaluation.data import LabelledImages, Truth
+from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.overview import GroupMean, group_means, rows
 from lit_clip.evaluation.published import datacomp_groups
-from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.targets import Targets
 from tests.conftest import ROOT
@@ -67,18 +68,6 @@ def eleven_points(scores: list[float], right: list[bool]) -> float:
     return float(sum(max(p for r, p in points if r >= Fraction(i, 10)) for i in range(11)) / 11)
 
 
-def devkit_eleven_points(scores: np.ndarray, right: np.ndarray) -> float:
-    """The arithmetic of the loops in VOCevaldet and VOCevalcls."""
-    order = np.argsort(-scores, kind="stable")
-    tp, fp = np.cumsum(right[order]), np.cumsum(~right[order])
-    recall, precision = tp / right.sum(), tp / (tp + fp)
-    ap = 0.0
-    for t in np.arange(11) / 10:
-        p = precision[recall >= t]
-        ap += (p.max() if len(p) else 0) / 11
-    return float(ap)
-
-
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("N", [1, 5, 83])
 def test_map11_equals_a_plain_loop(N: int, ties: bool) -> None:
@@ -87,18 +76,15 @@ def test_map11_equals_a_plain_loop(N: int, ties: bool) -> None:
     relevance = torch.randint(-1, 2, (N, C)).to(torch.int8)
     relevance[0, 0] = 1
     relevance[:, 3] = 0  # a class without images has no precision
-    values, devkit = [], []
+    values = []
     for c in range(3):
         rows = [i for i in range(N) if relevance[i, c] >= 0]
         right = [bool(relevance[i, c] == 1) for i in rows]
         if any(right):
             values.append(eleven_points([float(scores[i, c]) for i in rows], right))
-            devkit.append(devkit_eleven_points(scores[rows, c].double().numpy(), np.array(right)))
     targets = Targets(torch.full((N,), -1), C, relevance=relevance)
     found = evaluate_scores("map11", scores, targets)
     assert found == {"map11": pytest.approx(sum(values) / len(values))}
-    if not ties:
-        assert found["map11"] == pytest.approx(sum(devkit) / len(devkit))
 
 
 def test_voc2007_ranks_images_after_a_softmax_over_the_classes_and_no_other_metric_does() -> None:
@@ -215,29 +201,12 @@ def test_mwap_equals_the_datasets_definition(count: int, ties: bool) -> None:
     assert found["mwap"] == pytest.approx(rareact(scores.double().numpy(), rows)["mwap"])
 
 
-def test_mwsap_equals_mwap_if_every_clip_has_its_own_film() -> None:
-    _, targets = clips(60, 3, films=9)
-    scores = torch.randn(60, 5)
-    found = evaluate_scores("mwap", scores, targets)
-    assert found["mwsap"] != found["mwap"]
-    assert targets.annotations is not None
-    targets.annotations["video"] = [str(i) for i in range(60)]
-    found = evaluate_scores("mwap", scores, targets)
-    assert found["mwsap"] == pytest.approx(found["mwap"])
-
-
 def test_mwsap_is_the_mean_over_draws_of_one_clip_per_film() -> None:
     """Two right clips of one film and a wrong one: precision is 1 or 1/2, depending on the clip drawn."""
     annotations = {"verb": ["a"], "noun": ["b"], "annotation": [1, 1, 0], "video": ["x", "x", "y"]}
     scores = torch.tensor([[3.0], [1.0], [2.0]])
     found = evaluate_scores("mwap", scores, Targets(torch.zeros(3, dtype=torch.int64), 1, annotations=annotations))
     assert found["mwsap"] == pytest.approx(0.75, abs=4 * 0.25 / math.sqrt(module.SAMPLINGS))
-    assert (
-        found["mwsap"]
-        == evaluate_scores("mwap", scores, Targets(torch.zeros(3, dtype=torch.int64), 1, annotations=annotations))[
-            "mwsap"
-        ]
-    )
 
 
 def test_baselines_are_the_best_constant_answers_with_the_accuracies_that_a_metric_reports() -> None:
@@ -254,7 +223,7 @@ def test_baselines_are_the_best_constant_answers_with_the_accuracies_that_a_metr
 
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (3, 7), (8991, 10000), (50, 50)])
 def test_interval_equals_that_of_the_beta_distribution(right: int, n: int) -> None:
-    low, high = interval(right / n, n)
+    low, high = clopper_pearson(right, n)
     assert low == pytest.approx(beta.ppf(0.0025, right, n - right + 1) if right else 0.0)
     assert high == pytest.approx(beta.ppf(0.9975, right + 1, n - right) if right < n else 1.0)
 
@@ -263,8 +232,6 @@ def test_interval_equals_that_of_the_beta_distribution(right: int, n: int) -> No
     ("metric", "targets", "scores", "message"),
     [
         ("top1", labelled(0, -1), torch.zeros(2, 3), "needs one class per image, but row 1 has none"),
-        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores are 2 x 4, but there are 2 images and 3 classes"),
-        ("top1", labelled(0, 1), torch.zeros(3, 3), "scores are 3 x 3"),
         ("top1", Targets(torch.zeros(0, dtype=torch.int64), 3), torch.zeros(0, 3), "no images"),
         ("map11", labelled(0, 1), torch.zeros(2, 3), "map11 needs annotations"),
         ("roc_auc", labelled(0, 1), torch.zeros(2, 3), "roc_auc needs 2 classes, not 3"),
@@ -284,12 +251,6 @@ def test_targets_that_a_metric_is_not_defined_for_are_an_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         evaluate_scores(metric, scores, targets)
-
-
-@pytest.mark.parametrize("label", [3, -2])
-def test_a_label_out_of_range_is_an_error_that_names_the_row(label: int) -> None:
-    with pytest.raises(InputError, match=f"row 1 has label {label}, but there are 3 classes"):
-        labelled(0, label)
 
 
 class Frames(LabelledImages):
@@ -326,12 +287,8 @@ def test_targets_keep_only_the_rows_that_could_be_read() -> None:
     assert targets.accepted == [{1}, {0}, {1}, {0}]
     assert targets.coordinates is not None
     assert targets.coordinates[:, 0].tolist() == [2, 4, 6, 8]
-    assert targets.annotations == {
-        "verb": ["v", "w"],
-        "noun": ["n", "m"],
-        "annotation": [1, 2, 3, 4],
-        "video": list("bcde"),
-    }
+    codes = {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [1, 2, 3, 4], "video": list("bcde")}
+    assert targets.annotations == codes
     without_neighbour = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[0, 2, 3])
     assert without_neighbour.neighbours == [(0, [1]), (2, [1])]
 
@@ -339,6 +296,8 @@ def test_targets_keep_only_the_rows_that_could_be_read() -> None:
 def test_a_label_out_of_range_in_a_set_is_an_error_that_names_the_image() -> None:
     with pytest.raises(InputError, match="frame3.jpg has label 2, but there are 2 classes"):
         Targets.of(Frames([0, 1, 0, 2, 0]))
+    with pytest.raises(InputError, match="row 1 has label -2, but there are 3 classes"):
+        labelled(0, -2)
     assert Targets.of(Frames([0, 1, 0, 2, 0]), classes=3).classes == 3
 
 

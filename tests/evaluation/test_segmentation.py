@@ -11,19 +11,24 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import segmentation
+from lit_clip.evaluation.classification import TaskOptions
 from lit_clip.evaluation.data import ImageSet, Masked
+from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.places import PlaceRecords, Window, whole_size, window_cosines, window_of, window_starts
-from lit_clip.evaluation.pointing import is_within, pointing, pointing_metrics, queries, regions_of
 from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.segmentation import (
     bootstrap,
     confusion,
+    is_within,
     mask_of,
     nearest_names,
     pixel_pairs,
     pixels_by_image,
-    segmentation_metrics,
+    queries,
+    regions_of,
 )
+from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.evaluation.tasks import PARTS
 from tests.helpers.small_sets import make_module
 
 CLASSES = 5
@@ -88,9 +93,13 @@ def plain_iou(masks: list[np.ndarray], predictions: list[np.ndarray], label: int
     return both / either if either else float("nan")
 
 
+def metrics_of(records: PlaceRecords) -> dict[str, Any]:
+    return segmentation.segmentation(records, list("abcde"), None, "")
+
+
 def test_miou_equals_torchmetrics_and_a_plain_loop() -> None:
     records, masks, predictions = random_set()
-    found = segmentation_metrics(records, list("abcde"))
+    found = metrics_of(records)
     expected = [plain_iou(masks, predictions, label) for label in range(CLASSES)]
     assert [line[1] for line in found["iou"][:4]] == pytest.approx(expected[:4])
     assert found["iou"][4][1:] == (None, None, 0)
@@ -120,7 +129,7 @@ def test_the_interval_is_that_of_images_drawn_with_replacement(monkeypatch: pyte
         values.append(np.mean(iou))
     expected = np.quantile(values, [0.0025, 0.9975])
     assert [low, high] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
-    assert low < segmentation_metrics(records, list("abcde"))["value"] < high
+    assert low < metrics_of(records)["value"] < high
 
 
 def test_names_are_compared_a_few_at_a_time_and_nan_is_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +196,7 @@ def test_masks_of_another_size_or_with_unknown_labels_are_refused() -> None:
         mask_of(OneMask([[2]]), 0, (1, 1))
     nothing = PlaceRecords(np.zeros((0, 3), np.int64), [0], [])
     with pytest.raises(InputError, match="segmentation: no pixel has a label"):
-        segmentation_metrics(nothing, ["a"])
+        metrics_of(nothing)
 
 
 def test_the_confusions_are_written_with_their_pixels(tmp_path: Path) -> None:
@@ -244,14 +253,15 @@ def test_each_class_of_a_mask_is_a_query() -> None:
 
 def test_accuracies_and_predictions(tmp_path: Path) -> None:
     values = np.array([[0, 2, 1, 0], [0, 5, 0, 0], [3, 2, 1, 1], [3, 4, 1, 0], [4, 2, 0, 1]])
-    records = PlaceRecords(values, [0, 1, 3, 4], [])
-    found = pointing(records, ["a", "b", "d", "e"], "pets", tmp_path)
+    entry, records = SuiteEntry({"class_path": "x.Y"}, metric="accuracy"), PlaceRecords(values, [0, 1, 3, 4], [])
+    opened = OpenSet("pets", entry, [Fold({"test": OneMask([[0]])})], records={"pointing": records})
+    found = PARTS["pointing"].run(opened, TaskOptions(), tmp_path)
     assert found["metrics"] == pytest.approx({"accuracy": 3 / 5, "mean_per_class": (2 / 3 + 0 + 1) / 3})
     assert (found["value"], found["baseline"], found["images"], found["queries"]) == (0.6, 0.4, 4, 5)
     low, high = found["intervals"]["accuracy"]
     assert low < 0.6 < high
     table = read_predictions(tmp_path, "pets", "pointing")
-    assert table["key"].tolist() == ["a#2", "a#5", "d#2", "d#4", "e#2"]
+    assert table["key"].tolist() == ["0#2", "0#5", "3#2", "3#4", "4#2"]
     assert table["score"].tolist() == [1, 0, 1, 1, 0]
     with pytest.raises(InputError, match="pointing: no image shows a class"):
-        pointing_metrics(PlaceRecords(values[:0], [0], []))
+        segmentation.pointing_units(PlaceRecords(values[:0], [0], []))

@@ -39,6 +39,23 @@ def paint(path: Path, number: int = 0) -> Path:
     return path
 
 
+def write_files(root: Path, files: dict[str, Any]) -> Path:
+    """Write texts, bytes, values as JSON, lists of values as JSON lines, and numbers as images of their colour."""
+    for name, content in files.items():
+        path = root / name
+        if isinstance(content, int):
+            paint(path, content)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+            continue
+        lines = path.suffix in (".jsonl", ".ndjson") and isinstance(content, list)
+        text = "".join(f"{json.dumps(row)}\n" for row in content) if lines else json.dumps(content)
+        path.write_text(content if isinstance(content, str) else text, encoding="utf-8")
+    return root
+
+
 def colour_of(images: Any, index: int) -> Any:
     return images.images(index)[0].convert("RGB").getpixel((1, 1))
 

@@ -1,11 +1,13 @@
 """What commands encode, seen from within the process."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.pair_scores import PairTask
 from lit_clip.embedding.reading import EncoderBatch
 
@@ -24,3 +26,11 @@ def watch_encoding(monkeypatch: pytest.MonkeyPatch, see: Callable[[EncodingTask,
 
     for kind, plain in STEPS.items():
         watch(kind, plain)
+
+
+def changed_copy(checkpoint: Path, path: str, weight: str) -> str:
+    """Write a copy of a checkpoint with another value of the first weight whose name ends so; return its path."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"][next(key for key in content["state_dict"] if key.endswith(weight))] += 0.5
+    torch.save(content, path)
+    return path

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from callbacks.compile import compile_blocks
 from lit_clip import LitCLIP, create_model, load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
@@ -267,36 +266,6 @@ def test_precisions_lengths_and_empty_batches(kind: str) -> None:
     exact = model.encode_patches(images.double())
     assert exact.dtype == torch.float64
     torch.testing.assert_close(exact.float(), expected, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("kind", EACH)
-def test_the_gradient_is_the_slope(kind: str) -> None:
-    model = model_of(EACH[kind]).double()
-    images = photos(EACH[kind].image_size).double()
-    generator = torch.Generator().manual_seed(0)
-    used = [p for p in model.visual.parameters() if p.ndim > 1]
-    directions = [1e-6 * torch.randn(p.shape, generator=generator, dtype=torch.double) for p in used]
-
-    def loss() -> Tensor:
-        return model.encode_patches(images, normalize=True)[:, 0].sum()
-
-    found = torch.autograd.grad(loss(), used, allow_unused=True)
-    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None)
-    with torch.no_grad():
-        values = []
-        for sign in (1, -2):
-            for p, d in zip(used, directions, strict=True):
-                p += sign * d
-            values.append(loss())
-    torch.testing.assert_close(torch.as_tensor(slope), (values[0] - values[1]) / 2, rtol=1e-4, atol=1e-10)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_have_the_same_features() -> None:
-    model = model_of(VIT)
-    expected = model.encode_patches(photos(32))
-    compile_blocks(model, "eager")
-    torch.testing.assert_close(model.encode_patches(photos(32)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_training_drops_no_patch() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +13,13 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from datamodules import Captions
-from lit_clip import load_model
-from lit_clip.batch import CaptionBatch
 from lit_clip.cli.main import main
 from lit_clip.errors import InputError
-from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.config import CLIPConfig, Preprocessing, TimmConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
-from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
-from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, saved, text_config, text_model
-
-
-def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
-    text = HuggingFaceTextConfig(str(folder), context_length=16)
-    return CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text, **settings)
-
-
-def test_two_ranks_give_one_ranks_gradients_without_unused_parameters(
-    ranks: Callable[..., None], tmp_path: Path
-) -> None:
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = two_towers(save_family("bert", tmp_path / "bert", **no_dropout)).to_dict()
-    config["text"]["pretrained"] = True
-    options = json.dumps({"architecture": config})
-    one_process = finetuned_module(options)
-    one_process.training_step(make_batch(slice(0, PAIRS)), 0).backward()
-    ranks("finetune_gradients", 2, str(tmp_path / "two.pt"), options)
-    together = torch.load(tmp_path / "two.pt")
-    assert together.keys() == dict(one_process.model.named_parameters()).keys()
-    for name, parameter in one_process.model.named_parameters():
-        torch.testing.assert_close(together[name], parameter.grad, atol=1e-9, rtol=1e-7)
-
-
-def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
-    module = LitCLIP(two_towers(folders["t5"], logit_bias=True))
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    module.training_step(CaptionBatch(images, module.tokenize(TEXTS[:4]), list("abcd"), TEXTS[:4]), 0).backward()
-    assert [name for name, p in module.named_parameters() if p.grad is None] == []
-
-
-@pytest.mark.slow
-def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
-    folders: dict[str, Path], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ENCODER", str(folders["bert"]))
-    (tmp_path / "towers.yaml").write_text(
-        "model:\n  architecture:\n    embed_dim: 32\n"
-        "    image: {timm: test_convnext, image_size: 32, options: {drop_path_rate: 0.1}}\n"
-        "    text: {hugging_face: '${oc.env:ENCODER}', context_length: 16}\n"
-        "  lr_scheduler: {warmup_steps: 1}\ndata:\n  class_path: datamodules.Captions\n"
-        f"  init_args: {{train: {caption_table}, val: {caption_table}, batch_size: 16, num_workers: 0}}\n"
-        "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, limit_val_batches: 1}\n",
-        encoding="utf-8",
-    )
-    command = ("fit", "--config", "towers.yaml", "--trainer.max_epochs")
-    result = lit_clip_command(tmp_path, *command, "1")
-    assert result.returncode == 0, result.stderr
-    (first,) = (tmp_path / "checkpoints").glob("*.ckpt")
-    first = first.rename(tmp_path / "first.ckpt")
-    result = lit_clip_command(tmp_path, *command, "2", "--ckpt_path", str(first))
-    assert result.returncode == 0, result.stderr
-    (second,) = (tmp_path / "checkpoints").glob("*.ckpt")
-    steps = [torch.load(path, weights_only=True)["global_step"] for path in (first, second)]
-    assert steps == [4, 8]
-    model = load_model(second)
-    with torch.no_grad():
-        assert model.encode_text(model.tokenize("a dog"), normalize=True).norm().item() == pytest.approx(1)
-    assert model.config.image.options == {"drop_path_rate": 0.1}  # type: ignore[union-attr]  # a TimmConfig
+from tests.helpers.towers import D, image_tower_from, photos, save_family, saved, text_config, text_model
 
 
 def test_data_are_read_with_the_tokenizer_that_the_checkpoint_holds(caption_table: Path, tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ from lit_clip.models.layers import layer_groups, tower_parameters
 from lit_clip.models.rates import LayerDecay, Rates
 from lit_clip.module import LitCLIP
 from lit_clip.training.optimizers import PaperAdamW
-from lit_clip.training.schedules import WarmupCosine, warmup_cosine
+from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import TINY_YAML
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
-from tests.test_module import SaveAt, data_for, trainer
+from tests.test_module import data_for, trainer
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -196,19 +196,6 @@ def test_batch_norm_that_is_not_there_cannot_be_frozen(tiny_config: CLIPConfig) 
         LitCLIP(tiny_config, freeze=Freeze(batch_norm=True))
 
 
-def test_a_frozen_tower_keeps_no_activations() -> None:
-    module = finetuned_module('{"freeze": {"image": "all"}}')
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        image, text = module(make_batch(slice(0, 4)))
-    assert text.requires_grad
-    assert not image.requires_grad
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        saved.clear()
-        module.model.encode_image(module.model.normalize(make_batch(slice(0, 4)).images))
-    assert saved == []
-
-
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
@@ -275,13 +262,6 @@ def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
     assert module.optimization.groups(module)[0]["lr"] == 1.0  # logged as train/learning_rate
 
 
-def test_without_layer_decay_all_learning_rates_are_equal() -> None:
-    assert set(rates(LitCLIP(CONFIG, optimizer=partial(PaperAdamW, lr=0.25))).values()) == {0.25}
-    halves = rates(LitCLIP(CONFIG, rates={"layer_decay": 0.5}, optimizer=partial(PaperAdamW, lr=1.0)))
-    assert halves["visual.conv1.weight"] == 0.25
-    assert halves["token_embedding.weight"] == 0.125
-
-
 def test_frozen_parameters_are_in_no_group_with_layer_decay() -> None:
     module = LitCLIP(CONFIG, rates={"layer_decay": 0.5}, freeze=Freeze(image=UnlockLast(0), text=UnlockLast(1)))
     assert rates(module).keys() == {name for name, p in module.model.named_parameters() if p.requires_grad}
@@ -291,54 +271,6 @@ def test_frozen_parameters_are_in_no_group_with_layer_decay() -> None:
 def test_a_layer_decay_outside_0_to_1_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match=r"model\.rates.*layer_decay"):
         LitCLIP(CONFIG, rates={"layer_decay": decay})
-
-
-def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    def module(learning_rate: float, **options: Any) -> LitCLIP:
-        return LitCLIP(
-            tiny_config,
-            **options,
-            optimizer=partial(PaperAdamW, lr=learning_rate),
-            lr_scheduler=partial(WarmupCosine, warmup_steps=1),
-        )
-
-    options: dict[str, Any] = {"rates": {"layer_decay": 0.5}, "freeze": Freeze(image=UnlockLast(0))}
-    first, path = module(0.01, **options), tmp_path / "epoch.ckpt"
-    fitting = trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[SaveAt(4, path)])
-    fitting.fit(first, data_for(first, caption_table))
-    second = module(0.002, **options)
-    seen: dict[str, list[float]] = {}
-
-    def record(*_: Any) -> None:
-        for group in second.trainer.optimizers[0].param_groups:
-            seen.setdefault(group["name"], []).append(group["lr"])
-
-    second.on_train_batch_start = record
-    trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(second, data_for(second, caption_table), ckpt_path=path)
-    schedule = [0.002 * warmup_cosine(step, 1, 8) for step in range(4, 8)]
-    for name, depth in (("image.head", 0), ("text.head", 0), ("text.blocks.0", 1), ("text.embeddings", 2)):
-        assert seen[name] == pytest.approx([rate * 0.5**depth for rate in schedule]), name
-    assert "image.blocks.0" not in seen
-    other = module(0.01, rates={"layer_decay": 0.5})
-    with pytest.raises(InputError, match="resume with the model.freeze, parts of model.rates, lora and decay"):
-        trainer(tmp_path, max_epochs=2).fit(other, data_for(other, caption_table), ckpt_path=path)
-
-
-def test_fine_tuning_options_are_saved_as_plain_values(tmp_path: Path, caption_table: Path) -> None:
-    module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), rates={"layer_decay": 0.5})
-    hparams: Any = module.hparams
-    assert hparams.freeze == {
-        "image": "all",
-        "text": {"unlock_last": 1},
-        "head": False,
-        "temperature": False,
-        "batch_norm": False,
-    }
-    assert hparams.rates == {"image": 1.0, "text": 1.0, "head": None, "temperature": 1.0, "layer_decay": 0.5}
-    again = LitCLIP(**hparams)
-    assert rates(again).keys() == rates(module).keys()
 
 
 def command(table: Path, *options: str) -> list[str]:
@@ -393,19 +325,6 @@ def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_r
     later = [row for row in metrics(tmp_path / "again") if row["val/loss"]]
     assert [row["step"] for row in later] == ["7"]  # not validated first again
     assert f"{float(later[0]['val/loss']) - losses[0]:+.4f}" in resumed.stdout
-
-
-@pytest.mark.slow
-def test_validate_first_does_not_change_training(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    weights = []
-    for validate_first in ("true", "false"):
-        logs = ["--trainer.logger.init_args.save_dir", validate_first, "--trainer.max_epochs", "1"]
-        result = cli(*command(caption_table, "--validate_first", validate_first, *logs))
-        assert result.returncode == 0, result.stderr
-        (path,) = (tmp_path / validate_first).rglob("*.ckpt")
-        weights.append(torch.load(path, weights_only=True)["state_dict"])
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
 
 
 def test_a_fast_dev_run_validates_first_too(cli: Cli, caption_table: Path) -> None:

@@ -335,17 +335,6 @@ def test_a_hugging_face_encoder_gives_the_same_features_in_groups(
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_a_packing_locates_each_token() -> None:
-    found = pack([3, 1, 2], torch.device("cpu"))
-    assert found.layout == Layout(((1, 1), (1, 2), (1, 3)), True)
-    assert list(zip(found.rows.tolist(), found.columns.tolist(), strict=True)) == [
-        (1, 0), (2, 0), (2, 1), (0, 0), (0, 1), (0, 2)
-    ]  # fmt: skip
-    assert found.ends.tolist() == [0, 2, 5]
-    assert found.places is not None
-    assert found.places.tolist() == [2, 0, 1]
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 )
@@ -400,9 +389,3 @@ def test_causal_attention_in_bfloat16_is_computed_in_float32_under_autocast_too(
     with torch.autocast("cpu", torch.bfloat16):
         found = packing.attention(q, k, v, causal=True)
     assert torch.equal(found, wide.bfloat16())
-
-
-def test_the_tokenizers_lengths_can_be_passed() -> None:
-    model, tokens = small_clip(), texts(LENGTHS[5])
-    lengths = tokens.argmax(1) + 1
-    assert torch.equal(model.encode_text(tokens, lengths=lengths), model.encode_text(tokens))

@@ -135,10 +135,11 @@ def test_a_full_encoder_beside_a_lora_equals_peft_by_hand(
     """With the head of the encoder that has additions; the checkpoint has what is trained, and opens whole."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    lora = {"r": 2, "targets": ["c_fc", "c_proj"], "tower": "image", "head": True}
+    lora = {"r": 2, "tower": "image", "head": True}
     module, batches = make(tiny_config, base, lora=lora, rates={"image": 2.0, "text": 0.1}), Batches()
     by_hand: Any = lit_clip.load_model(base).double()
-    config = LoraConfig(r=2, lora_alpha=16, target_modules=["c_fc", "c_proj"])
+    fused = "transformer.resblocks.0.attn.in_proj_weight"
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=["c_fc", "c_proj", "out_proj"], target_parameters=[fused])
     inject_adapter_in_model(config, by_hand.visual)
     by_hand.load_state_dict(module.model.state_dict())  # the same random additions
     for name, parameter in by_hand.named_parameters():

@@ -31,7 +31,6 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, clean, from_source
 from lit_clip.module import LitCLIP
-from lit_clip.retrieval.retrieval_set import token_hashes
 from tests.helpers.towers import (
     FAMILIES,
     TEXTS,
@@ -242,16 +241,6 @@ def test_settings_that_the_encoder_does_not_support_are_refused(folders: dict[st
         text_model(folders["distilbert"], pooling="pooler")
 
 
-def test_captions_hash_the_same_in_batches_of_different_width(folders: dict[str, Path]) -> None:
-    tokenizer = text_model(folders["roberta"]).tokenizer
-    assert tokenizer.pad_id == 1
-    narrow, wide = (
-        token_hashes(tokenizer.trim(tokenizer(texts)), tokenizer.context_length, tokenizer.pad_id)
-        for texts in (["a dog"], ["a dog", TEXTS[1]])
-    )
-    assert narrow[0] == wide[0] != wide[1]
-
-
 # Other models' tokenizers give open_clip's and transformers' ids, and fit in a checkpoint.
 
 
@@ -345,25 +334,6 @@ def test_a_bare_sentencepiece_model_gives_the_ids_of_siglips_own_tokenizer(sigli
     assert differ == []
 
 
-def test_a_siglip_folder_of_hugging_face_finds_its_tokenizer(siglip_folder: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 800, "max_position_embeddings": 16, "projection_size": 32}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
-    theirs.save_pretrained(tmp_path)
-    tokenizer = transformers.SiglipTokenizer.from_pretrained(siglip_folder)
-    tokenizer.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
-    captions = ["A photo of a tiger.", "grinning face, with a hat!"]
-    tokens = model.tokenize(captions)
-    batch: Any = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    assert torch.equal(tokens, batch.input_ids)
-    with torch.no_grad():
-        features: Any = theirs.get_text_features(input_ids=batch.input_ids)
-        features = getattr(features, "pooler_output", features)
-        torch.testing.assert_close(model.encode_text(tokens), features, atol=1e-5, rtol=0)
-
-
 def test_padding_is_trimmed_unless_the_encoder_attends_to_it(t5_folder: Path) -> None:
     whole = tokenizer_of(t5_folder, "canonicalize", 16)
     tokens = whole(["a dog", "grinning face with a hat", ""])
@@ -387,9 +357,8 @@ def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
     assert empty.tolist() == [end] * 8
     assert tokenizer([]).shape == (0, 8)
     assert torch.equal(tokenizer("tiger"), tokenizer(["tiger"]))
-    for stranger in (3, None, b"a dog", ["a dog"]):
-        with pytest.raises(InputError, match=f"text 1 is a {type(stranger).__name__}, not a string"):
-            tokenizer(["a dog", stranger])  # type: ignore[list-item]  # refusing it is tested
+    with pytest.raises(InputError, match="text 1 is a int, not a string"):
+        tokenizer(["a dog", 3])  # type: ignore[list-item]  # refusing it is tested
 
 
 def test_ids_are_counted_before_truncation(t5_folder: Path) -> None:

@@ -20,10 +20,9 @@ from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size, TextTransformerConfig, TimmConfig, height_width
-from lit_clip.models.external_settings import timm_preprocessing, with_external_settings
+from lit_clip.models.external_settings import timm_hub_weights, timm_preprocessing, with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.preprocess import image_transform
-from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.module import LitCLIP
 from lit_clip.weights.checkpoints import checked
 from tests.helpers.towers import (
@@ -103,11 +102,6 @@ def test_a_fixed_size_model_is_created_for_another_size_as_in_timm(
         expected = peer(photos(size)) @ ours.head.proj.weight.T  # type: ignore[operator]  # a Linear
         torch.testing.assert_close(ours(photos(size)), expected, atol=1e-5, rtol=0)
     assert_all_trainable_weights_are_used(ours, photos(size))
-
-
-def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(InputError, match=r"\[B, 3, 64, 64\]"):
-        image_tower("test_convnext", image_size=64)(photos(96))
 
 
 @pytest.mark.parametrize(
@@ -257,29 +251,6 @@ def test_settings_that_timm_does_not_support_are_refused_in_one_line(settings: d
     assert "\n" not in str(refusal.value)
 
 
-SHALLOW = {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"), [("test_convnext", {}), ("test_vit3", {}), ("swin_tiny_patch4_window7_224", SHALLOW)]
-)
-def test_a_checkpoint_with_a_timm_tower_loads_unchanged_and_at_another_size(
-    name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    image = TimmConfig(name, image_size=64, options=options)
-    config = CLIPConfig(D, image, TextTransformerConfig(8, 49408, 64, 1, 1))
-    path, model = saved(LitCLIP(config), tmp_path)
-    again = load_model(path)
-    images = photos(64)
-    with torch.no_grad():
-        assert torch.equal(again.encode_image(images), model.encode_image(images))
-        larger = load_model(path, image_size=96)
-        assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
-        assert larger.encode_image(photos(96)).isfinite().all()
-    assert again.preprocessing == with_external_settings(config).preprocessing
-
-
 def test_a_dinov3_is_read_as_by_dino_txt() -> None:
     """The class token and the mean of the patches behind the last norm, by a plain forward pass."""
     options: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -388,7 +359,7 @@ def test_a_repository_without_weights_is_refused_only_if_they_are_wanted(
     (tmp_path / "files/config.json").write_text(json.dumps({"architecture": "test_vit"}), encoding="utf-8")
     put(cache, "org/tiny", tmp_path / "files")
     CLIP(CLIPConfig(16, TimmConfig(NAME), TEXT))
-    with pytest.raises(InputError, match=r"none of model\.safetensors, .* is in the hub's cache, and the hub cannot"):
+    with pytest.raises(InputError, match=r"has none of model\.safetensors, .* in its cache"):
         CLIP(CLIPConfig(16, TimmConfig(NAME, pretrained=True), TEXT))
     with pytest.raises(InputError, match=r"no config\.json of hf-hub:org/other on the hub or in its cache"):
         CLIP(CLIPConfig(16, TimmConfig("hf-hub:org/other"), TEXT))

@@ -18,7 +18,9 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.recipes import Choice, Facts, FineTuning, FromScratch, PretrainedEncoders, Recipe, Run
 from lit_clip.recipes.pretrained_encoders import (
+    DEEP,
     KINDS,
+    LEAST,
     LEVELS,
     SENTENCES,
     VALIDATIONS,
@@ -341,6 +343,14 @@ def test_more_time_is_used_first_for_blocks_and_then_for_steps_and_versions() ->
     assert plans[3].versions == 8
 
 
+def test_of_names_of_kinds_more_blocks_are_trained_only_where_all_steps_fit() -> None:
+    few, speeds = Facts(115, 115, 10, 11), [(DEEP, Speed(0.01, 0.001, 0.014, 0.003)), *SPEEDS]
+    plans = {minutes: plan_for(few, work_of(few), speeds, 60 * minutes) for minutes in (2, 5, 10)}
+    assert [plan.freeze for plan in plans.values()] == [LEVELS[0], DEEP, DEEP]
+    assert plans[2].steps >= LEAST
+    assert plans[5].steps == plans[10].steps == work_of(few).steps
+
+
 @pytest.mark.parametrize("facts", [PHOTOGRAPHS, Facts(60_000, 12_000, 55_000, 300), Facts(50_000, 50_000, 10, 300)])
 def test_most_of_the_time_is_used_until_the_rule_has_what_it_wants(facts: Facts) -> None:
     work, wanted = work_of(facts), 0
@@ -355,7 +365,7 @@ def test_most_of_the_time_is_used_until_the_rule_has_what_it_wants(facts: Facts)
 def test_small_data_are_seen_often_and_large_data_a_few_times() -> None:
     seen = {facts: work_of(facts) for facts in (Facts(115, 115, 10), CLOTHES, Facts(10**6, 10**6, 99), PHOTOGRAPHS)}
     passes = [round(work.steps * work.batch / work.samples) for work in seen.values()]
-    assert passes == [40, 20, 3, 10]
+    assert passes == [120, 20, 3, 10]
 
 
 def test_captions_that_many_images_share_are_names_of_kinds() -> None:

@@ -3,9 +3,7 @@
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
@@ -17,18 +15,7 @@ from lit_clip import callbacks, datamodules
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.tools.class_paths import find_object, full_name, short_names
 from lit_clip.tools.messages import one_line
-from tests.conftest import ROOT, TINY_YAML
-
-OWN = """
-from lightning.pytorch import Callback
-
-class EMA(Callback):
-    pass
-
-class Mine(Callback):
-    def on_fit_start(self, trainer, pl_module):
-        print("mine is called")
-"""
+from tests.conftest import ROOT
 
 
 class Mine(Callback):
@@ -121,25 +108,3 @@ def test_short_names_hold_in_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"mine": entry}}), encoding="utf-8")
     opened = read_suite(tmp_path / "suite.yaml")["mine"].open("test", 0, tmp_path)
     assert type(opened) is datamodules.ImageFolderClasses
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("clone_first", [False, True])
-def test_a_users_callbacks_file_breaks_no_command(
-    clone_first: bool, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
-) -> None:
-    """In a clone that is found before the working folder, what lit-clip lacks is hidden, and an error says so."""
-    (tmp_path / "callbacks.py").write_text(OWN, encoding="utf-8")
-    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--trainer.max_steps", "1"]
-    words += ["--data.batch_size", "8", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    words += ["--model.architecture", TINY_YAML, "--trainer.limit_val_batches", "0"]
-    words += ["--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5"]  # of lit-clip's
-    found = {"PYTHONPATH": str(ROOT) if clone_first else f"{tmp_path}:{ROOT}"}  # the latter as `python -m lit_clip`
-    result = cli(*words, "--trainer.callbacks+=callbacks.Mine", environment=found, new=True)
-    if not clone_first:
-        assert result.returncode == 0, result.stderr
-        assert "mine is called" in result.stdout
-        return
-    assert result.returncode == 2
-    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py hides callbacks.py of the working folder; rename the latter"
-    assert hidden in result.stderr.splitlines()[-1]

@@ -12,11 +12,10 @@ import pytest
 from datamodules.open_source import open_source
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTokenizerConfig
-from lit_clip.models.external_settings import hugging_face_config
+from lit_clip.models.external_settings import hugging_face_config, timm_hub_model, timm_hub_weights
 from lit_clip.models.hf_tokenizer import from_source
-from lit_clip.models.timm_hub import timm_hub_model, timm_hub_weights
 from lit_clip.tools import hub_client
-from lit_clip.tools.remote_names import checked_commit, checked_relative
+from lit_clip.tools.hub_client import checked_commit, checked_relative
 from lit_clip.weights import hub as weights_hub
 from tests.conftest import ROOT
 from tests.fuzz import wire
@@ -257,21 +256,7 @@ def test_names_are_checked_by_their_form() -> None:
     assert checked_commit("0123456789abcdef0123456789abcdef01234567")
     for name in ("a", "a/b.tar", ".gitattributes", "a b/ä.parquet", "a..b"):
         assert checked_relative(name) == name
-    wrong: tuple[object, ...] = (
-        "",
-        "/a",
-        "a/",
-        "a//b",
-        ".",
-        "..",
-        "a/..",
-        "../a",
-        "a\\b",
-        "a\0",
-        "a\n",
-        "\x85",
-        "\ud800",
-    )
+    wrong = ("", "/a", "a/", "a//b", ".", "..", "a/..", "../a", "a\\b", "a\0", "a\n", "\x85", "\ud800")
     for name in (*wrong, "x" * 300, None, 5, b"a"):
         with pytest.raises(InputError, match="is not a plain one inside its folder"):
             checked_relative(name)

@@ -52,6 +52,8 @@ def test_names_reach_the_terminal_as_their_escapes(name: str) -> None:
 def test_what_can_be_printed_is_unchanged() -> None:
     for text in ("photo of a tiger.png", "Straße\t東京 🦊\n", "[red]\\x1b", "עברית"):
         assert printable(text) == text
+    listed = f"/home/{'long_name/' * 15}t.csv: has {', '.join(f'column_{number}' for number in range(150))}"
+    assert str(InputError(listed)) == listed
 
 
 @pytest.mark.parametrize("name", ["x" * 20_000, "a b" * 7_000, "\x1b" * 5_000, "a, " * 9_000])
@@ -61,11 +63,6 @@ def test_error_that_quotes_a_name_of_any_length_says_where_and_what_to_do(name: 
     assert message.startswith("t.csv row 7: no such image file: ")
     assert message.endswith("; set root to the folder of images")
     assert message.isprintable()
-
-
-def test_usual_names_are_quoted_whole() -> None:
-    listed = f"/home/{'long_name/' * 15}t.csv: has {', '.join(f'column_{number}' for number in range(150))}"
-    assert str(InputError(listed)) == listed
 
 
 def test_markup_and_names_of_emoji_in_a_name_are_text() -> None:
@@ -173,6 +170,8 @@ def test_the_first_line_is_after_5_seconds_and_then_there_is_one_every_30(capsys
 
 def test_what_takes_less_than_5_seconds_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(100, 0.04)
+    with progress("on another rank", 3, enabled=False, now=Clock()) as advance:
+        advance(1)
     assert capsys.readouterr() == ("", "")
 
 
@@ -187,14 +186,6 @@ def test_the_last_line_has_the_number_done_where_the_total_was_the_most_or_unkno
         "1, 0.1/s",
         "2 in 0:00:20, 0.1/s",
     ]
-
-
-def test_ranks_other_than_the_first_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock()
-    with progress("reading", 3, enabled=False, now=clock) as advance:
-        clock.time += 60
-        advance(1)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_totals_since_the_start_become_units_since_the_last_call() -> None:

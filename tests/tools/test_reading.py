@@ -49,13 +49,6 @@ def test_a_long_quotation_of_the_file_is_cut(tmp_path: Path) -> None:
     assert len(str(error.value)) < LONGEST_REASON + 100 + len(str(tmp_path))
 
 
-def test_a_missing_file_is_named_with_a_similar_one(tmp_path: Path) -> None:
-    (tmp_path / "captions.csv").touch()
-    message = r"caption\.csv: there is no such file; did you mean .*captions\.csv\?"
-    with pytest.raises(InputError, match=message), reading(tmp_path / "caption.csv", "table"):
-        (tmp_path / "caption.csv").read_text()
-
-
 @pytest.mark.parametrize("ours", [InputError("row 3: no caption"), BadSample("row 3", "no caption")])
 def test_our_own_errors_pass_unchanged(tmp_path: Path, ours: InputError) -> None:
     with pytest.raises(InputError) as error, reading(tmp_path, "table"):
@@ -115,15 +108,6 @@ def test_an_unreadable_file_is_a_one_line_error_that_names_it(
         read(tmp_path / "file", "--option")
     assert str(error.value).startswith(f"--option: {tmp_path}/file: ")
     assert "\n" not in str(error.value)
-
-
-def test_yaml_with_a_few_aliases_is_read(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text(
-        f"a: &a {{x: [{', '.join(map(str, range(200)))}], y: &y [1, 2]}}\nb: [*a, *y, *a]\nc:\n  <<: *a\n  z: 3\n"
-    )
-    values = read_yaml(tmp_path / "file")
-    assert values["b"] == [values["a"], [1, 2], values["a"]]
-    assert values["c"] == {**values["a"], "z": 3}
 
 
 def test_a_missing_file_is_an_error_that_suggests_a_similar_name(tmp_path: Path) -> None:

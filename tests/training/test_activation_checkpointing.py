@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint, checkpoint_blocks, checkpoint_encoders
-from tests.helpers import forks
 from tests.helpers.ranks import CONFIG, make_batch
 from tests.helpers.towers import FAMILIES, shaken, text_config
 
@@ -214,38 +212,3 @@ def test_nested_checkpointing_updates_batch_norm_once(momentum: float | None) ->
     assert nested[1].momentum == momentum
     for a, b in zip(nested.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-MEMORY = """
-import pathlib, re, sys, torch
-from lit_clip import LitCLIP
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.activation_checkpointing import checkpoint_encoders
-torch.set_num_threads(1)
-image = VisionTransformerConfig(image_size=64, patch_size=8, width=128, layers=12, heads=2)
-text = TextTransformerConfig(context_length=32, vocab_size=50, width=128, layers=12, heads=2)
-module = LitCLIP(CLIPConfig(16, image, text))
-if sys.argv[1] == "True":
-    checkpoint_encoders(module.model)
-images, tokens = torch.ones(48, 3, 64, 64), torch.ones(48, 32, dtype=torch.long)
-tokens[:, -1] = 49  # texts of full length: nothing is computed after the end of a text
-def peak():  # KiB of this process alone: ru_maxrss starts from its parent's memory
-    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-before = peak()
-(module.model.encode_image(images).sum() + module.model.encode_text(tokens).sum()).backward()
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-def test_peak_memory_is_less_than_a_third(tmp_path: Path) -> None:
-    """Instead of twelve blocks' activations, twelve inputs and one block's activations are kept."""
-    (tmp_path / "memory.py").write_text(MEMORY)
-    peaks = []
-    for on in (False, True):
-        program = forks.Program(forks.script, ["memory.py", str(on)], tmp_path, {**os.environ})
-        (done,) = forks.run([program], timeout=120)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
-    plain, checkpointed = peaks
-    assert checkpointed < plain / 3

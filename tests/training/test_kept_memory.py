@@ -13,7 +13,7 @@ import resource
 import torch
 from lit_clip.cli.lightning import run
 from lit_clip.embedding.encode import make_trainer
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.training import kept_memory
 
 def pages():

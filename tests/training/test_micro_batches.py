@@ -1,12 +1,10 @@
 """Micro-batches: gradients of the whole batch, also with dropout and BatchNorm in the encoders."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.batch import CaptionBatch
@@ -148,43 +146,6 @@ def test_the_forward_pass_keeps_the_last_micro_batchs_activations_and_no_others(
     batch = big_batch()
     last = saved_bytes(None, batch._rows(slice(56, 64)))
     assert last <= saved_bytes(8, batch) < 1.1 * last + 8 * batch.images.nbytes  # float64 features of all, and pixels
-
-
-class LiveBytes(TorchDispatchMode):
-    """Record the peak of the bytes of all tensors that are created inside, and alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
-                size = tensor.untyped_storage().nbytes()
-                self.known[key] = weakref.finalize(tensor.untyped_storage(), self._freed, key, size)
-                self.now += size
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self.now -= size
-        del self.known[key]
-
-
-def test_the_kept_micro_batch_and_a_recomputed_one_do_not_coexist() -> None:
-    def peak(size: int | None, batch: CaptionBatch) -> int:
-        module = make_module(micro_batch_size=size)
-        with LiveBytes() as live:
-            module.training_step(batch, 0).backward()
-        return live.peak
-
-    batch = big_batch()
-    gradients = sum(p.nbytes for p in make_module().parameters())
-    one = peak(None, batch._rows(slice(32, 64)))
-    assert one > 4 * gradients  # otherwise the next line would allow a second micro-batch
-    assert peak(32, batch) < one + 2 * gradients
 
 
 def test_accumulated_gradients_are_refused_in_favour_of_micro_batches() -> None:

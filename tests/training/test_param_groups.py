@@ -36,35 +36,7 @@ def tiny_clip() -> CLIP:
     )
 
 
-@pytest.mark.parametrize(
-    ("step", "factor"),
-    [
-        (0, 0.1),  # the first step is not wasted
-        (4, 0.5),
-        (9, 1.0),
-        (10, 1.0),
-        (60, 0.5),  # half-way down
-        (35, 0.5 * (1 + math.sqrt(0.5))),
-        (110, 0.0),
-        (1000, 0.0),  # stays 0 after the end
-    ],
-)
-def test_warmup_is_linear_to_one_and_then_a_cosine_to_zero(step: int, factor: float) -> None:
-    assert warmup_cosine(step, warmup_steps=10, total_steps=110) == pytest.approx(factor, abs=1e-12)
-
-
-def test_without_warmup_the_first_step_has_the_full_rate() -> None:
-    assert warmup_cosine(0, warmup_steps=0, total_steps=10) == 1
-    assert warmup_cosine(10, warmup_steps=0, total_steps=10) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("total_steps", [1, 5, 10])
-def test_a_run_shorter_than_its_warmup_only_warms_up(total_steps: int) -> None:
-    factors = [warmup_cosine(step, warmup_steps=10, total_steps=total_steps) for step in range(total_steps)]
-    assert factors == pytest.approx([(step + 1) / 10 for step in range(total_steps)])
-
-
-@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 1), (0, 7), (1, 2), (3, 10), (2000, 2347)])
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 1), (0, 7), (1, 2), (10, 5), (3, 10), (2000, 2347)])
 def test_every_step_has_open_clips_learning_rate(warmup_steps: int, total_steps: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = cosine_lr(optimizer, 5e-4, warmup_steps, total_steps)
@@ -89,17 +61,6 @@ def test_decay_groups_are_open_clips() -> None:
     decaying, exempt = names_in_groups(model)
     assert (set(decaying), set(exempt)) == open_clips_groups(model)
     assert [group["weight_decay"] for group in decay_groups(model, WEIGHT_DECAY)] == [WEIGHT_DECAY, 0]
-
-
-def test_every_parameter_is_in_one_group_and_no_gain_or_bias_decays() -> None:
-    model = tiny_clip()
-    decaying, exempt = names_in_groups(model)
-    assert sorted(decaying + exempt) == sorted(name for name, _ in model.named_parameters())
-    layer_norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
-    assert len(layer_norms) == 2 * 4 + 3  # two a block, ln_pre, ln_post, ln_final
-    gains_and_biases = {f"{name}.weight" for name in layer_norms} | {n for n in decaying + exempt if n.endswith("bias")}
-    assert gains_and_biases | {"logit_scale"} <= set(exempt)
-    assert {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"} <= set(decaying)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

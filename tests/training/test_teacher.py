@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.finetuning import Freeze
-from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.training.teacher import Distillation, Teacher
@@ -127,30 +124,6 @@ def test_the_distance_of_features_equals_a_loop_over_all_pairs_of_any_ranks(coun
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def test_the_model_before_as_teacher_keeps_the_features(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    before = CLIP(tiny_config).eval()
-    save(before, tmp_path / "before.ckpt", {})
-    batch = make_batch(slice(0, PAIRS))
-    batch = batch._replace(tokens=before.tokenize(batch.captions))
-    module = LitCLIP(pretrained=tmp_path / "before.ckpt", loss=Distillation(str(tmp_path / "before.ckpt"), "features"))
-    module.setup("fit")
-    assert module.loss.chance_loss(8) is None
-    module.log = lambda *_, **__: None
-    assert float(module.training_step(batch, 0)) < 1e-10
-    with torch.no_grad():
-        for parameter in module.model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    optimizer, losses = torch.optim.Adam(module.parameters(), lr=1e-3), []
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = module.training_step(batch, 0)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] / 2
-
-
 def test_without_a_name_the_teacher_is_the_model_before_also_on_resume(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
@@ -186,21 +159,6 @@ def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPa
         theirs = ModelFeatures(image.detach(), text.detach(), scale)
         blockwise_distillation(ModelFeatures(image, text, scale), theirs, RankCounts(0, (200,))).backward()
     assert 400 < largest.elements <= 1000
-
-
-def test_gradients_of_two_ranks_equal_one_process(
-    teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path
-) -> None:
-    options = distilling(teacher[1])
-    module, plain = finetuned_module(options), finetuned_module("{}")
-    for student in (module, plain):
-        student.training_step(make_batch(slice(0, PAIRS)), 0).backward()
-    ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
-    distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, parameter in module.model.named_parameters():
-        # The teacher computes in float32, so its features differ by rounding.
-        torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
-    assert module.model.logit_scale.grad != plain.model.logit_scale.grad
 
 
 def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
@@ -240,31 +198,6 @@ def test_a_missing_teacher_missing_captions_and_a_negative_weight_are_refused(te
         Sum([Contrastive(), Distillation("teacher.ckpt")], [1, -1])
     with pytest.raises(InputError, match="Distillation.of 'logits' must be 'probabilities' or 'features'"):
         Distillation("teacher.ckpt", "logits")  # pyright: ignore[reportArgumentType]
-
-
-def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path]) -> None:
-    """On one batch the cross-entropy approaches its minimum, the teacher's own entropy."""
-    model, path = teacher
-    with torch.no_grad():
-        model.logit_scale.fill_(
-            math.log(100)
-        )  # random features differ little: a large scale makes the differences count
-    save(model, path, {})
-    module = finetuned_module(distilling(path, 1000))
-    logged: dict[str, float] = {}
-    module.log = lambda name, value, **_: logged.update({name: float(value)})
-    batch, optimizer = make_batch(slice(0, PAIRS)), torch.optim.Adam(module.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        module.training_step(batch, 0).backward()
-        optimizer.step()
-        losses.append(logged["train/distillation_loss"])
-    image, text = (teacher_of(module).features(batch, tower) for tower in TOWERS)
-    logits = 100 * torch.cat([image @ text.T, text @ image.T])
-    entropy = float(torch.distributions.Categorical(logits=logits).entropy().mean())
-    assert losses[0] > entropy + 0.2
-    assert losses[-1] - entropy < 0.3 * (losses[0] - entropy)
 
 
 # Distillation from tables of features, of any program and any width, equals a plain loop; no table is trusted.

@@ -39,42 +39,20 @@ EPSILON = 1e-5  # unless the file says another
 
 
 def random_state(config: dict[str, Any], projection_bias: bool, temperature: bool) -> dict[str, Tensor]:
-    """Return random weights by the owner's names."""
-    image, text, dim = config["vision_config"], config["text_config"], config["projection_dim"]
-    patch, places = image["patch_size"], (image["image_size"] // image["patch_size"]) ** 2 + 1
-    wide = image["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision_model.embeddings.class_embedding": (wide,),
-        "vision_model.embeddings.patch_embedding.weight": (wide, 3, patch, patch),
-        "vision_model.embeddings.patch_embedding.bias": (wide,),
-        "vision_model.embeddings.position_embedding.weight": (places, wide),
-        "visual_projection.weight": (dim, wide),
-        "text_model.embeddings.token_embedding.weight": (49408, text["hidden_size"]),
-        "text_model.embeddings.position_embedding.weight": (77, text["hidden_size"]),
-        "text_projection.weight": (dim, text["hidden_size"]),
-        **({"visual_projection.bias": (dim,)} if projection_bias else {}),
-        **({"logit_scale": ()} if temperature else {}),
-    }
-    for part, last in (("vision", "post_layernorm"), ("text", "final_layer_norm")):
-        sizes = config[f"{part}_config"]
-        rms, width, inner = (
-            sizes.get("use_rms_norm", part == "vision"),
-            sizes["hidden_size"],
-            sizes["intermediate_size"],
-        )
-        norms = [last]
-        for i in range(sizes["num_hidden_layers"]):
-            block = f"encoder.layers.{i}"
-            norms += [f"{block}.layer_norm1", f"{block}.layer_norm2"]
-            for name in ("q", "k", "v", "out"):
-                shapes[f"{part}_model.{block}.self_attn.{name}_proj.weight"] = (width, width)
-                if sizes.get(f"{name}_bias", True):
-                    shapes[f"{part}_model.{block}.self_attn.{name}_proj.bias"] = (width,)
-            for name, (after, before) in {"fc1": (inner, width), "fc2": (width, inner)}.items():
-                shapes[f"{part}_model.{block}.mlp.{name}.weight"] = (after, before)
-                shapes[f"{part}_model.{block}.mlp.{name}.bias"] = (after,)
-        for norm in norms:
-            shapes |= {f"{part}_model.{norm}.{kind}": (width,) for kind in (["weight"] if rms else ["weight", "bias"])}
+    """Return random weights by the owner's names, a CLIPModel's except for some norms and biases of the images."""
+    image, dim = config["vision_config"], config["projection_dim"]
+    sizes = transformers.CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=dim)
+    shapes = {name: tuple(value.shape) for name, value in transformers.CLIPModel(sizes).state_dict().items()}
+    absent = [f"{name}_proj.bias" for name in ("q", "k", "v") if not image.get(f"{name}_bias", True)]
+    absent += ["norm1.bias", "norm2.bias", "layernorm.bias"] if image.get("use_rms_norm", True) else []
+    shapes["vision_model.embeddings.patch_embedding.bias"] = (image["hidden_size"],)
+    if projection_bias:
+        shapes["visual_projection.bias"] = (dim,)
+    for name in [*shapes]:
+        of_images = name.startswith("vision_model.")
+        gone = name == "logit_scale" and not temperature
+        if "pre_layrnorm" in name or gone or (of_images and name.endswith(tuple(absent))):
+            del shapes[name]
     generator = torch.Generator().manual_seed(0)
     return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 

@@ -22,12 +22,11 @@ from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTokenizerConfig,
     Preprocessing,
-    TextTransformerConfig,
-    TimmConfig,
     VisionTransformerConfig,
 )
 from tests.helpers.exports import TEXTS, checkpoint, photos, traced_once, variants
 from tests.helpers.towers import WORDS, save_words
+from tests.weights.test_export import siglip_config
 
 pytestmark = pytest.mark.usefixtures("offline", "_traced_once")
 SIZES = ((70, 90), (90, 70), (33, 36))
@@ -39,29 +38,9 @@ def _traced_once(traces: Path) -> Iterator[None]:
         yield
 
 
-def siglip_config(words: Path) -> CLIPConfig:
-    """A tiny SigLIP whose tokenizer is saved in ``words``."""
+def siglip(words: Path) -> CLIPConfig:
     save_words(words, ["<pad>", "</s>", "<unk>"], "$A </s>")
-    image = {"embed_dim": 48, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16}
-    return CLIPConfig(
-        embed_dim=48,
-        image=TimmConfig("vit_base_patch16_siglip_224", image_size=32, projection="none", options=image),
-        text=TextTransformerConfig(
-            context_length=16,
-            vocab_size=len(WORDS) + 3,
-            width=48,
-            layers=1,
-            heads=2,
-            causal=False,
-            pool="last",
-            projection_bias=True,
-            layer_norm_eps=1e-6,
-            tokenizer=HuggingFaceTokenizerConfig(str(words), "canonicalize"),
-        ),
-        activation="gelu_tanh",
-        preprocessing=Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash"),
-        logit_bias=True,
-    )
+    return siglip_config(words, len(WORDS) + 3)
 
 
 Exported = Callable[[str, Any], tuple[CLIP, Path]]
@@ -70,7 +49,7 @@ Exported = Callable[[str, Any], tuple[CLIP, Path]]
 @pytest.fixture
 def exported(tmp_path: Path, tiny_config: CLIPConfig) -> Exported:
     def make(kind: str, format: Any) -> tuple[CLIP, Path]:
-        config = siglip_config(tmp_path / "words") if kind == "siglip" else variants(tiny_config)[kind]
+        config = siglip(tmp_path / "words") if kind == "siglip" else variants(tiny_config)[kind]
         model = checkpoint(config, tmp_path / "last.ckpt")
         export(str(tmp_path / "last.ckpt"), format=format, output=str(tmp_path / "out"))
         return model, tmp_path / "out"
@@ -179,7 +158,7 @@ def test_immich_has_our_features_for_images_and_texts(exported: Exported, kind: 
 
 @pytest.mark.slow
 def test_immich_lower_cases_where_the_model_does(tmp_path: Path) -> None:
-    config = siglip_config(tmp_path / "words")
+    config = siglip(tmp_path / "words")
     config.text.tokenizer = HuggingFaceTokenizerConfig(str(tmp_path / "words"), "lower")
     ours = checkpoint(config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="immich", output=str(tmp_path / "out"))

@@ -282,7 +282,7 @@ def test_a_published_configuration_opens_no_folder_but_its_own(key: str, outside
 
 
 def test_a_lora_whose_base_is_itself_is_refused(checkpoint: dict[str, Any]) -> None:
-    checkpoint["hyper_parameters"] |= {"lora": {"r": 1, "alpha": 1.0, "targets": None}, "pretrained": "hostile.ckpt"}
+    checkpoint["hyper_parameters"] |= {"lora": {"r": 1, "alpha": 1.0}, "pretrained": "hostile.ckpt"}
     checkpoint["base"] = {"pretrained": "hostile.ckpt", "sha256": "0" * 64}
     torch.save(checkpoint, "hostile.ckpt")
     with pytest.raises(InputError, match="its LoRA belongs to a model that is made of it"):

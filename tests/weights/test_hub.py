@@ -21,7 +21,6 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.weights.hub import tagged
-from tests.helpers import forks
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 32,
@@ -101,28 +100,6 @@ def test_a_hugging_face_repository_is_loaded_by_name(tmp_path: Path, cache: Path
         out = theirs(input_ids=tokens, pixel_values=images)
         torch.testing.assert_close(model.encode_image(images, normalize=True), out.image_embeds, rtol=0, atol=1e-5)
         torch.testing.assert_close(model.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
-
-
-LOAD = """
-import sys
-for name in [*sys.modules]:  # the hub's library reads the variables when it is imported
-    if name.partition(".")[0] in ("huggingface_hub", "lit_clip"):
-        del sys.modules[name]
-import lit_clip
-print(lit_clip.load_model('somebody/tiny-clip').config.embed_dim)
-"""
-
-
-def test_the_hubs_environment_variables_locate_its_cache(tmp_path: Path) -> None:
-    open_clip_repository(tmp_path / "files")
-    put(tmp_path / "home" / "hub", "somebody/tiny-clip", tmp_path / "files")
-    (tmp_path / "load.py").write_text(LOAD)
-    unset = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
-    environment = {key: value for key, value in os.environ.items() if key not in unset}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    (done,) = forks.run([forks.Program(forks.script, ["load.py"], tmp_path, environment)], 120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "32"
 
 
 def refusal(source: str) -> str:
@@ -246,8 +223,3 @@ def test_a_failed_download_is_reported_in_one_line(error: OSError, shown: str, m
     message = refusal("ViT-B-32:openai")
     hint = "without a network, get the file elsewhere and give ViT-B-32:FILE"
     assert message == f"ViT-B-32:openai: cannot be downloaded ({shown}); {hint}"
-
-
-@pytest.mark.usefixtures("cache")
-def test_offline_a_tag_outside_the_cache_is_refused_in_one_line() -> None:
-    assert "cannot be downloaded" in refusal("ViT-B-16-SigLIP:webli")

@@ -22,6 +22,7 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.weights.hugging_face import from_hugging_face, read_hugging_face_folder, to_hugging_face
 from lit_clip.weights.hugging_face_processor import image_processor, preprocessing_of
 from lit_clip.weights.open_clip import open_clip_model
+from tests.helpers.exports import assert_identical
 
 END = 98  # of text, in the small models
 VISION = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -74,11 +75,6 @@ def assert_same_features(ours: CLIP, theirs: Any) -> None:
     logits = ours.logit_scale.exp() * out.image_embeds @ out.text_embeds.T
     logits = logits if ours.logit_bias is None else logits + ours.logit_bias
     torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=1e-4)
-
-
-def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -332,15 +328,3 @@ def test_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> No
     clip_model().config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has no model.safetensors or pytorch_model.bin"):
         read_hugging_face_folder(tmp_path)
-
-
-@pytest.mark.slow
-def test_siglip_b16_at_full_size_has_the_features_of_transformers() -> None:
-    torch.manual_seed(0)
-    theirs = transformers.SiglipModel(transformers.SiglipConfig()).eval()
-    ours = opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict()))
-    images, texts = torch.randn(2, 3, 224, 224), torch.randint(1, 32000, (2, 64))
-    with torch.no_grad():
-        out = theirs(input_ids=texts, pixel_values=images)
-        torch.testing.assert_close(ours.encode_image(images, normalize=True), out.image_embeds, rtol=0, atol=1e-4)
-        torch.testing.assert_close(ours.encode_text(texts, normalize=True), out.text_embeds, rtol=0, atol=1e-4)

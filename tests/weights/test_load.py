@@ -20,13 +20,11 @@ from lit_clip import LitCLIP, create_model, load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import tokenize
 from lit_clip.weights import load
 from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
 
-Cli = Callable[..., Any]
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 32,
     "quick_gelu": True,
@@ -345,24 +343,6 @@ def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
     state = {**random_model().state_dict(), "visual.proj": torch.ones(64, 32, dtype=torch.int8)}
     save_file(state, tmp_path / "weights.safetensors")
     assert "visual.proj" in refusal(tmp_path / "weights.safetensors", architecture=CONFIG)
-
-
-def test_the_lightning_module_starts_from_an_open_clip_folder(tmp_path: Path) -> None:
-    theirs = open_clip_model()
-    folder = save_folder(tmp_path, theirs.state_dict(), preprocess_cfg={})
-    module = LitCLIP(CONFIG, pretrained=str(folder))
-    assert_same(module.model.eval(), theirs)
-
-
-@pytest.mark.slow
-def test_the_models_name_in_front_of_a_bare_file_sets_its_architecture(tmp_path: Path) -> None:
-    theirs = open_clip.create_model("ViT-S-32")
-    torch.save(theirs.state_dict(), tmp_path / "weights.bin")
-    model = load_model(f"ViT-S-32:{tmp_path}/weights.bin")
-    assert model.config == resolve_architecture("ViT-S-32")
-    assert torch.equal(model.visual.proj, theirs.visual.proj)
-    with pytest.raises(InputError, match="weights do not fit: .* there and .* here"):
-        load_model(f"ViT-M-32:{tmp_path}/weights.bin")
 
 
 def test_a_custom_encoder_draws_its_buffers_while_weights_without_memory_are_not_drawn() -> None:

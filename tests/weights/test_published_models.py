@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from benchmarks.families.families import compare, made_small, model_cfg, save_tokenizer, write_folder
 from lit_clip import load_model
 from tests.conftest import lit_clip_command
 from tests.helpers.exports import photos
+from tests.helpers.towers import TEXTS
 from tests.weights.test_hub import put
 from tests.weights.test_hugging_face import randomised
+from tests.weights.test_published_forms import assert_owners
 
 pytestmark = pytest.mark.usefixtures("offline", "cache")
 
@@ -158,17 +159,12 @@ def test_medsiglip_has_the_features_ids_and_pixels_of_a_siglip_model_of_448_pixe
     check(tmp_path, theirs, transformers.SiglipImageProcessorPil)
 
 
-@torch.no_grad()
 def check(folder: Path, theirs: Any, processor: Any) -> None:
     """Compare with the owner's class: features, and pixels by the folder's processor."""
     ours = load_model(folder)
     images = photos((400, 500), (500, 380))
     pixels = processor.from_pretrained(folder)(images, return_tensors="pt").pixel_values
-    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in images]), pixels, rtol=0, atol=1e-5)
-    tokens = ours.tokenize(["a chest x-ray", "two green birds in the rain"])
-    out = theirs(input_ids=tokens, pixel_values=pixels)
-    torch.testing.assert_close(ours.encode_image(pixels, normalize=True), out.image_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
+    assert_owners(ours, theirs, ours.tokenize(TEXTS), pixels, images)
 
 
 def test_the_table_of_published_models_has_the_sum_that_stands_above_it() -> None:

@@ -1,148 +1,112 @@
-"""Charts of an evaluation, for the page and TensorBoard."""
+"""Charts of an evaluation for its page, and their style.
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+The robustness chart is the paper's figure 13, with table 16: accuracy on ImageNet and under distribution shift.
+Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state changes, and no display is needed.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.comparison import THIS_RUN
-from lit_clip.evaluation.overview import COLUMNS, Column, Row, metric_words, percent, rows, sets_of, shots_of
-from lit_clip.evaluation.published import nearest_model, papers_name
-from lit_clip.evaluation.report.chart_style import (
-    COLOURS,
-    INK,
-    LETTERS,
-    ChartRun,
-    chart_settings,
-    colour,
-    diamonds,
-    legend,
-    name_lines,
-    new_figure,
-    run_names,
-    short_name,
-)
-from lit_clip.evaluation.report.robustness_chart import robustness
+from lit_clip.evaluation.overview import COLUMNS, Column, rows, sets_of, shots_of
+from lit_clip.evaluation.published import Published, peers, published_metrics, same_set
 from lit_clip.tools.console import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TALL = 12  # rows above which the top of the chart has a scale too
-Key = tuple[str, str]  # names of a set and a metric
-Table = Mapping[Key, Row]
+# Okabe and Ito's palette, safe for colour-blind readers; the first colour is this run's, black is the paper's.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+INK, MUTED, GRID = "#222222", "#777777", "#E4E4E4"
+LETTERS = 30  # longest name
+WIDTH = 9.0  # inches
+STYLE = {
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
+    "axes.unicode_minus": False,
+    "font.size": 9,
+    "axes.edgecolor": "#AAAAAA",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # keep text as text: the reader's fonts have glyphs that matplotlib's lack
+}
+IMAGENET = "ImageNet"
+SHIFTED = ["ImageNetV2", "ImageNet-A", "ImageNet-R", "ObjectNet", "ImageNet-Sketch", "ImageNet-Vid", "YTBB"]
+MODEL = "ViT-L-14-336"  # CLIP in table 16
+GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
+
+
+class ChartRun(NamedTuple):
+    """One run in a chart: its name in the legend, and the contents of its ``results.json``."""
+
+    name: str
+    results: Mapping[str, Any]
+
+
+@contextmanager
+def chart_settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Draw and save charts in our style; restore matplotlib's settings afterwards."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {**STYLE, **(more or {})}
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def short_name(text: str, letters: int = LETTERS) -> str:
+    """Shorten a name to fit a chart, and remove line breaks and control characters."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text).strip() or "?"
+    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
+
+
+def run_name(path: str) -> str:
+    """Return a run's name, or its folder for the path of its ``results.json``."""
+    return path.removesuffix("results.json").rstrip("/\\") or path
+
+
+def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Figure, Any]":
+    """Return a figure, its size in inches, and its axes as ``subplots`` returns them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return figure, figure.subplots(**options)
+
+
+def colour(place: int) -> str:
+    """Return the colour of the run at this place."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def svg(figure: "Figure", name: str) -> str:
+    """Return the figure as a reproducible ``svg`` element; its ``name`` makes ids unique on a page."""
+    data = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with chart_settings({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):  # missing glyphs
+        figure.savefig(data, format="svg", metadata=no_metadata)
+    text = data.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # unused ids
+    opening, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest  # as wide as the page allows
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
     """Draw the charts that have data, with other runs by path or name; return them by name."""
-    names = run_names(others)
-    runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
+    runs = [ChartRun(THIS_RUN, results), *(ChartRun(run_name(name), other) for name, other in others.items())]
     with chart_settings():
-        drawn = {
-            "zero_shot": bars(runs, "zero_shot"),
-            "linear_probe": bars(runs, "linear_probe"),
-            "zero_shot_minus_probe": differences(results),
-            "few_shot": few_shot(runs),
-            "robustness": robustness(runs),
-        }
+        drawn = {"few_shot": few_shot(runs), "robustness": robustness(runs)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def bars(runs: Sequence[ChartRun], column: str) -> "Figure | None":
-    """Draw a bar with its interval for each set and run, with marks for baseline and the paper's nearest model."""
-    tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
-    kept = [place for place, table in enumerate(tables) if any(_value(table, key, column) is not None for key in order)]
-    if not order:
-        return None
-    figure, axes = new_figure(1.0 + len(order) * (0.13 + 0.15 * len(kept)))
-    handles, labels, thick = [], [], 0.8 / len(kept)
-    for slot, place in enumerate(kept):
-        values = [_value(tables[place], key, column) for key in order]
-        where = [line - 0.4 + (slot + 0.5) * thick for line in range(len(order))]
-        handles.append(
-            axes.barh(where, [100 * (value or 0) for value in values], 0.9 * thick, color=colour(place), alpha=0.85)
-        )
-        labels.append(runs[place].name)
-        for y, value, key in zip(where, values, order, strict=True):
-            axes.text(107, y, percent(value), va="center", ha="right", fontsize=7.5, color=INK)
-            if value is not None and column in tables[place][key].intervals:
-                low, high = tables[place][key].intervals[column]
-                axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.0, solid_capstyle="butt")
-    marked, model = [tables[0].get(key) for key in order], nearest_model(runs[0].results.get("model") or {})
-    for handle, label in _marks(axes, marked, column, model, thick / 2 - 0.4):
-        handles.append(handle)
-        labels.append(label)
-    name_lines(axes, [_title(key, order) for key in order])
-    axes.set(xlim=(0, 107), xticks=range(0, 101, 20), xlabel=f"{COLUMNS[column]}, %")
-    axes.tick_params(labeltop=len(order) > TALL)
-    axes.grid(axis="x")
-    legend(figure, handles, labels)
-    return figure
-
-
-def _value(table: Table, key: Key, column: Column) -> float | None:
-    return table[key].values.get(column) if key in table else None
-
-
-def _title(key: Key, order: Sequence[Key]) -> str:
-    """Return the set's name, and the metric if the set has several."""
-    name, metric = key
-    several = sum(other == name for other, _ in order) > 1
-    return f"{short_name(name, LETTERS - 19)}, {metric_words(metric)}" if several else name
-
-
-def _marks(
-    axes: "Axes", table: Sequence[Row | None], column: Column, model: str, first: float
-) -> list[tuple[Any, str]]:
-    """Mark the baseline and the paper's figures (hollow if unverified), and return handles and labels."""
-    marks: list[tuple[Any, str]] = []
-    baselines = [(line, row.baseline) for line, row in enumerate(table) if row and row.baseline is not None]
-    if baselines:
-        places = [100 * value for _, value in baselines]
-        low, high = [line - 0.45 for line, _ in baselines], [line + 0.45 for line, _ in baselines]
-        marks.append((axes.vlines(places, low, high, colors=INK, linestyles=":", linewidth=1.2), "baseline"))
-    papers = [(line, row.papers[column]) for line, row in enumerate(table) if row and column in row.papers]
-    for verified in (True, False):
-        points = [(100 * figure.value, line + first) for line, figure in papers if figure.verified is verified]
-        if points:
-            label = f"paper, {papers_name(model)}" + ("" if verified else ", unchecked")
-            marks.append((diamonds(axes, points, filled=verified), label))
-    return marks
-
-
-def differences(results: Mapping[str, Any]) -> "Figure | None":
-    """Plot zero-shot accuracy minus a linear probe's on the same features, as in the paper's figure 5."""
-    both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
-    if not both:
-        return None
-    gaps = sorted(((_gap(row.values), row) for row in both), key=lambda pair: -pair[0])
-    figure, axes = new_figure(1.0 + 0.25 * len(both))
-    values = [gap for gap, _ in gaps]
-    axes.barh(range(len(gaps)), values, 0.7, color=[COLOURS[0] if gap >= 0 else COLOURS[1] for gap in values])
-    marks: dict[bool, list[tuple[float, float]]] = {}
-    for line, (_, row) in enumerate(gaps):
-        if {"zero_shot", "linear_probe"} <= row.papers.keys():
-            verified = row.papers["zero_shot"].verified and row.papers["linear_probe"].verified
-            gap = _gap({column: figure.value for column, figure in row.papers.items()})
-            marks.setdefault(verified, []).append((gap, line))
-    model = papers_name(nearest_model(results.get("model") or {}))
-    names = {True: f"paper, {model}", False: f"paper, {model}, unchecked"}
-    legend(figure, [diamonds(axes, marks[key], key) for key in sorted(marks)], [names[key] for key in sorted(marks)])
-    all_values = [0.0, *values, *(value for places in marks.values() for value, _ in places)]
-    low, high = min(all_values), max(all_values)
-    room = 0.05 * max(5.0, high - low)
-    for line, gap in enumerate(values):
-        axes.text(high + 3 * room, line, f"{gap:+.1f}", va="center", ha="right", fontsize=7.5)
-    name_lines(axes, [row.name for _, row in gaps])
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set(xlim=(low - room, high + 3 * room), xlabel="zero-shot minus linear probe on the same features, points")
-    axes.grid(axis="x")
-    return figure
-
-
-def _gap(values: Mapping[Column, float]) -> float:
-    return 100 * (values["zero_shot"] - values["linear_probe"])
 
 
 def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
@@ -150,11 +114,10 @@ def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
 
     Thin lines are the sets of the first run.
     """
-    found = {place: _curves(run.results) for place, run in enumerate(runs)}
-    found = {place: curves for place, curves in found.items() if curves}
-    shared = set.intersection(*map(set, found.values())) if found else set[str]()
-    of_shared = {place: [curve for name, curve in curves.items() if name in shared] for place, curves in found.items()}
-    drawn = [(place, runs[place], curves) for place, curves in of_shared.items() if curves and _common(curves)]
+    found = [(place, run, curves) for place, run in enumerate(runs) if (curves := _curves(run.results))]
+    shared = set.intersection(*(set(curves) for *_, curves in found)) if found else set[str]()
+    of_shared = [(place, run, [curves[name] for name in curves if name in shared]) for place, run, curves in found]
+    drawn = [each for each in of_shared if each[2] and _common(each[2])]
     if not drawn:
         return None
     figure, axes = new_figure(4.6, 7.5)
@@ -179,7 +142,7 @@ def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
     axes.set(xlabel="labelled examples per class", ylabel="mean over sets, %")
     axes.grid(axis="y")
     axes.tick_params(length=0)
-    legend(figure, handles, labels, 3)
+    figure.legend(handles, [short_name(label, 44) for label in labels], loc="outside upper left", ncols=3)
     return figure
 
 
@@ -187,7 +150,6 @@ Curve = tuple[dict[int, float], float | None]  # few-shot values of a set by num
 
 
 def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
-    """Return the curve of each set."""
     zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
     found = {name: (shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)}
     return {name: curve for name, curve in found.items() if curve[0]}
@@ -196,3 +158,84 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
 def _common(curves: Sequence[Curve]) -> list[int]:
     """Return the numbers of examples that all sets have."""
     return sorted(set.intersection(*(set(curve) for curve, _ in curves)))
+
+
+class ChartPoint(NamedTuple):
+    """A classifier in the chart: its name, and accuracies by the paper's set names, including ImageNet."""
+
+    name: str
+    values: dict[str, float]
+
+    def mean(self, sets: Sequence[str]) -> float | None:
+        """Return the mean over the given sets, or None if one is missing."""
+        whole = all(name in self.values for name in sets)
+        return sum(self.values[name] for name in sets) / len(sets) if whole else None
+
+
+def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
+    """Return the zero-shot classifiers and probes with results on ImageNet and on a shifted set."""
+    points = [ChartPoint(f"{run.name}, {COLUMNS[key]}", _values(run.results, key)) for run in runs for key in COLUMNS]
+    return [point for point in points if IMAGENET in point.values and len(point.values) > 1]
+
+
+def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in rows(results):
+        known = next((name for name in [IMAGENET, *SHIFTED] if same_set(row.paper, name)), None)
+        if known and column in row.values:
+            values.setdefault(known, row.values[column])
+    return values
+
+
+def papers_points() -> list[ChartPoint]:
+    """Return the rows of table 16."""
+    sets = [IMAGENET, *SHIFTED]
+    figures = dict[str, Mapping[str, Mapping[str, Published]]]()
+    for task, name in COLUMNS.items():
+        figures[f"{name} CLIP"] = {known: published_metrics(known, task, MODEL) for known in sets}
+    for peer in peers("ImageNetV2", "zero_shot"):
+        figures[peer] = {known: peers(known, "zero_shot").get(peer, {}) for known in sets}
+    return [
+        ChartPoint(name, {known: (values.get("pm") or values["top1"]).value for known, values in of.items() if values})
+        for name, of in figures.items()
+        if any(of.values())
+    ]
+
+
+def robustness(runs: Sequence[ChartRun]) -> "Figure | None":
+    """Plot ImageNet against the mean of the shifted sets that the runs have, and beside it against each set."""
+    ours, theirs = run_points(runs), papers_points()
+    if not ours:
+        return None
+    sets = [known for known in SHIFTED if any(known in point.values for point in ours)]
+    figure, (left, right) = new_figure(4.9, 11.0, ncols=2, width_ratios=[1, 1.2])
+    handles, labels = [], []
+    for place, point in enumerate(ours):
+        handles.append(_draw(left, right, point, sets, {"marker": "o", "s": 70, "color": colour(place)}))
+        labels.append(short_name(point.name, 36))
+    for grey, point in zip(GREYS, theirs, strict=True):
+        handles.append(_draw(left, right, point, sets, {"marker": "D", "s": 34, "color": grey}))
+        labels.append(f"paper: {point.name}")
+    left.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle="--", zorder=1)
+    left.text(52, 48, "y = x", color=MUTED, va="top", fontsize=8)
+    shifted = f"mean of {len(sets)} shifted sets, %" if len(sets) > 1 else f"{sets[0]}, %"
+    left.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="ImageNet, %", ylabel=shifted)
+    left.tick_params(length=0)
+    right.set_yticks(range(len(sets)), sets)
+    right.set_ylim(len(sets) - 0.4, -0.6)  # the first on top
+    right.tick_params(length=0)
+    right.set(xlim=(0, 101), xlabel="each shifted set, %")
+    for axes in (left, right):
+        axes.grid()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    return figure
+
+
+def _draw(left: "Axes", right: "Axes", point: ChartPoint, sets: Sequence[str], style: Mapping[str, Any]) -> Any:
+    options: dict[str, Any] = {**style, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
+    mean = point.mean(sets)
+    if mean is not None:
+        left.scatter([100 * point.values[IMAGENET]], [100 * mean], **options)
+    known_sets = [(100 * point.values[known], line) for line, known in enumerate(sets) if known in point.values]
+    x, y = zip(*known_sets, strict=True)
+    return right.scatter(x, y, **options)

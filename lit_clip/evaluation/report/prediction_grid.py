@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,13 +31,9 @@ def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: fl
     return text[: max(0, fitting - 1)].rstrip() + "…"
 
 
-def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_file: Path | None = None) -> Image.Image:
-    """Draw each image, at most ``columns`` in a row, with its true and nearest names; mark the right one.
-
-    ``font_file`` is TrueType; None: Pillow's own font, which has the letters of English only.
-    """
-    sizes = (12, 13)
-    font, bold = (ImageFont.truetype(font_file, n) if font_file else ImageFont.load_default(n) for n in sizes)
+def prediction_grid(predictions: Sequence[Prediction], columns: int = 4) -> Image.Image:
+    """Draw each image, at most ``columns`` in a row, with its true and nearest names; mark the right one."""
+    font, bold = (ImageFont.load_default(size) for size in (12, 13))
     lines = max((len(p.nearest) for p in predictions), default=0)
     text_width, height = 190, max(TILE, LINE * (lines + 1) + 4) + 2 * MARGIN
     width = TILE + text_width + 3 * MARGIN

@@ -1,16 +1,34 @@
-"""The results of an evaluation as a table for the terminal."""
+"""Results as columns, which the terminal, the page and LaTeX show, and their table for the terminal."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
 
 from rich import box
 from rich.table import Table
 
-from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, given_metrics, group_means, metric_words, rows, sets_of
-from lit_clip.evaluation.published import PAPER, measured_weights, nearest, papers_name
-from lit_clip.evaluation.report.result_columns import ResultColumn, merged_note, result_columns
+from lit_clip.evaluation.comparison import THIS
+from lit_clip.evaluation.overview import (
+    COLUMNS,
+    MERGED,
+    STATUSES,
+    Column,
+    Row,
+    given_metrics,
+    group_means,
+    metric_words,
+    papers_percent,
+    percent,
+    rows,
+    sets_of,
+)
+from lit_clip.evaluation.published import PAPER, Published, measured_weights, nearest, papers_name
+from lit_clip.evaluation.report.charts import run_name
 from lit_clip.tools.console import Console, Text
 
+DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none
+Groups = Mapping[str, Sequence[str]]  # see lit_clip.evaluation.comparison.seed_groups
+Kind = Literal["ours", "paper", "measured", "recipe", "run", "count"]
 WIDE = 130  # columns of a file
 SET, METRIC = 12, 10  # least widths
 SIDES = SET + METRIC + 5  # with the space around them
@@ -21,6 +39,105 @@ HEADS = {  # narrow
     "baseline": "base-\nline",
     "skipped": "skip-\nped",
 }
+
+
+class Cell(NamedTuple):
+    """A cell's text and value, with an interval, or with the standard deviation of a mean over seeds."""
+
+    text: str
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    deviation: float | None = None
+
+
+class ResultColumn(NamedTuple):
+    """A column: a cell per row of the overview, None if empty, and means over groups of sets by group name.
+
+    ``quantity`` is what it tells: zero-shot, the linear probe, a head, or a number of shots.
+    """
+
+    kind: Kind
+    title: str
+    cells: list[Cell | None]
+    means: Mapping[str, str] = {}
+    quantity: str = ""
+
+    def texts(self) -> list[str]:
+        return [cell.text if cell else "" for cell in self.cells]
+
+
+def result_columns(
+    found: Sequence[Row], others: Mapping[str, Mapping[str, Any]], groups: Groups | None = None
+) -> Iterator[ResultColumn]:
+    """Yield the columns with values: results, each beside the paper's and other runs', then the counts.
+
+    The results are zero-shot, the linear probe, heads, and the largest number of shots of each set. Nothing is
+    published of shots. Other runs are by path or name; runs of a group are seeds of one recipe, shown as one column.
+    """
+    tables = {name: rows(run) for name, run in others.items()}
+    shots = sorted({max(row.shots) for row in found if row.shots})
+    titles: dict[Column, str] = {**COLUMNS, **{n: f"{n} shot{'s' if n > 1 else ''}" for n in shots}}
+    for quantity, title in titles.items():
+        ours, *rest = (each._replace(quantity=title) for each in _quantity(found, tables, groups or {}, quantity))
+        shown = [each for each in rest if any(each.cells)]
+        if any(ours.cells) or any(each.kind in ("recipe", "run") for each in shown):
+            yield from (ours._replace(title=title), *shown)
+    counts = {
+        "baseline": [percent(row.baseline) for row in found],
+        "images": ["" if row.images is None else f"{row.images:,}" for row in found],
+        "skipped": [f"{row.skipped:,}" if row.skipped else "" for row in found],
+    }
+    for title, texts in counts.items():
+        if any(texts):
+            yield ResultColumn("count", title, [Cell(text) if text else None for text in texts])
+
+
+def _quantity(
+    found: Sequence[Row], tables: Mapping[str, Sequence[Row]], groups: Groups, column: Column
+) -> Iterator[ResultColumn]:
+    def cells(table: Sequence[Row]) -> list[Cell | None]:
+        known = {(row.name, row.metric): row for row in table if column in row.values}
+        same = [known.get((row.name, row.metric)) for row in found]
+        return [
+            row and Cell(percent(row.values[column]), row.values[column], row.intervals.get(column)) for row in same
+        ]
+
+    def means(table: Sequence[Row], of: str = "ours") -> dict[str, str]:
+        return {mean.group: percent(getattr(mean, of)) for mean in group_means(table, column)}
+
+    yield ResultColumn("ours", "", cells(found), means(found))
+    papers = [row.papers.get(column) for row in found]
+    yield ResultColumn("paper", "paper", _figures(papers), means(found, "papers"))
+    both = zip([row.measured.get(column) for row in found], papers, strict=True)
+    told = [None if ours and paper and abs(ours.value - paper.value) < DIFFERS else ours for ours, paper in both]
+    yield ResultColumn("measured", "measured", _figures(told))
+    for group, names in groups.items():
+        runs = [*([found] if group == THIS else []), *(tables[name] for name in names)]
+        seeds = map(_over_seeds, zip(*map(cells, runs), strict=True))
+        yield ResultColumn("recipe", f"{group}, {len(runs)} runs", list(seeds))
+    grouped = {name for names in groups.values() for name in names}
+    for name, table in tables.items():
+        if name not in grouped:
+            yield ResultColumn("run", run_name(name), cells(table), means(table))
+
+
+def _figures(figures: Sequence[Published | None]) -> list[Cell | None]:
+    return [figure and Cell(papers_percent(figure), figure.value) for figure in figures]
+
+
+def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
+    """Return the mean and the sample standard deviation of a recipe's runs; None if a value is missing."""
+    known = [cell.value for cell in cells if cell and cell.value is not None]
+    if not len(known) == len(cells) > 1:
+        return None
+    mean, deviation = fmean(known), stdev(known)
+    return Cell(f"{percent(mean)} ± {percent(deviation)}", mean, deviation=deviation)
+
+
+def merged_note(found: Sequence[Row]) -> str:
+    """Return a note about merged recalls, if there are any."""
+    merged = any(row.metric.startswith(MERGED) for row in found)
+    return "merged: captions repeat, and equal ones count as one, right for all its images" if merged else ""
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lit_clip.evaluation.before_after import HEAD, Measured, PairFeatures, Row
-from lit_clip.evaluation.report.chart_style import chart_settings, new_figure, svg
+from lit_clip.evaluation.report.charts import chart_settings, new_figure, svg
 from lit_clip.tools.html import write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "run.html"

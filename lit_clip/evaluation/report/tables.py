@@ -1,10 +1,11 @@
-"""The results as files: ``results.csv`` with one value per line, and ``results.tex`` with tables for a paper."""
+"""The results as files: ``results.csv`` with one value per line, ``results.tex`` with tables, TensorBoard's curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_clip.errors import InputError
 from lit_clip.evaluation.comparison import THIS_RUN
 from lit_clip.evaluation.overview import (
     COLUMNS,
@@ -19,7 +20,7 @@ from lit_clip.evaluation.overview import (
     shots_of,
     tasks_of,
 )
-from lit_clip.evaluation.report.result_columns import Cell, Groups, result_columns
+from lit_clip.evaluation.report.results_table import Cell, Groups, result_columns
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import write_csv
 
@@ -64,6 +65,26 @@ def write_tables(results: Results, out: Path, others: Mapping[str, Results], gro
     write_csv(out / "results.csv", [Line._fields, *(line for name, run in runs.items() for line in lines(name, run))])
     with replacing(out / "results.tex") as draft:
         draft.write_text(latex(results, others, groups or {}), encoding="utf-8", errors="replace")
+
+
+def write_tensorboard(results: Results, out: Path) -> None:
+    """Write event files to ``out/tensorboard``, and replace an earlier evaluation's.
+
+    Scalars are named as in training (``zero_shot/<set>/top1``). The step of a few-shot scalar is its number of examples
+    per class, that of everything else 0.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = out / "tensorboard"
+    try:
+        for old in folder.glob("events.out.tfevents.*"):  # TensorBoard would show both
+            old.unlink()
+        with SummaryWriter(folder) as writer:
+            for line in lines("", results):
+                if line.metric != MEAN:
+                    writer.add_scalar(f"{line.task}/{line.set}/{line.metric}", line.value, line.shots or 0)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def lines(run: str, results: Results) -> Iterator[Line]:

@@ -10,8 +10,8 @@ its tests fails when Lightning no longer does what makes the patch necessary.
 - ``checkpoint_io``: Lightning ignores a file that it may not write; its asynchronous plugin removes a checkpoint before
   the next one is on the disk; a checkpoint at an address may hold a program; each rank reads a whole one into memory.
 - ``resume_checks``: Lightning restores states unchecked, and deletes files that they name.
-- ``folder_locks``: two runs that start at once get the same version of a logger.
-- ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers.
+- ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers; two runs that start at once get the same
+  version of a logger; the address of MLflow's store has no public name.
 - ``strategies``: DDP by name has a second copy of all gradients, and synchronises buffers in each rank's first batch of
   a validation; torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
   A logger's own state has no public name.

@@ -5,8 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -21,28 +20,23 @@ from lit_clip.errors import InputError, require
 BY_HAND = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}  # set by people who start each machine's process
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
-ASKED = 10.0  # seconds for what is said of resuming: a disk may hang
 CODE = 2  # the exit code of a first rank that notices by itself
 
 
 class _Launcher(subprocess_script._SubprocessScriptLauncher):
     """Lightning's launcher with our thread to watch started ranks; its own gives the first rank no time to save."""
 
-    how_to_resume: Callable[[], str] = str
-
     def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            threading.Thread(target=_watch, args=(self.procs, self.how_to_resume), daemon=True).start()
+            threading.Thread(target=_watch, args=(self.procs,), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
 
-def watch_started_ranks(trainer: Trainer, how_to_resume: Callable[[], str] = str) -> None:
+def watch_started_ranks(trainer: Trainer) -> None:
     """Make a trainer end clearly where Lightning would kill its first rank; call this before ranks start.
-
-    The error ends with what ``how_to_resume`` returns.
 
     Raises:
         InputError: nothing starts the other ranks, for which Lightning would wait.
@@ -52,7 +46,6 @@ def watch_started_ranks(trainer: Trainer, how_to_resume: Callable[[], str] = str
     launcher = strategy.launcher
     if type(launcher) is subprocess_script._SubprocessScriptLauncher:
         strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-        strategy._launcher.how_to_resume = how_to_resume
 
 
 def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> None:
@@ -77,7 +70,7 @@ def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> 
     )
 
 
-def _watch(processes: Sequence[Any], how_to_resume: Callable[[], str] = str) -> None:
+def _watch(processes: Sequence[Any]) -> None:
     """Wait until a process fails, or all have ended; if one fails, end this process."""
     codes = [process.poll() for process in processes]
     while None in codes and not any(codes):
@@ -91,15 +84,6 @@ def _watch(processes: Sequence[Any], how_to_resume: Callable[[], str] = str) -> 
     for process in processes:
         process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
     error = f"another process has ended (rank {rank} of this machine, {how}); its error, if it printed one, is above"
-    found: list[str] = []
-
-    def ask() -> None:
-        with suppress(Exception):  # this process ends, whatever is wrong with its checkpoints
-            found.append(how_to_resume())
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(ASKED)
-    sys.stderr.write(f"lit-clip: error: {'; '.join([error, *filter(None, found)])}\n")
+    sys.stderr.write(f"lit-clip: error: {error}\n")
     sys.stderr.flush()
     os._exit(CODE)

@@ -79,32 +79,15 @@ class Signals(_SignalConnector):
             self.outcome = ""
 
 
-def replace_signals(trainer: Trainer) -> None:
+def replace_signals(trainer: Trainer) -> Signals:
     """Give a trainer :class:`Signals` instead of Lightning's handlers, without a broadcast before every step."""
-    trainer._signal_connector = Signals(trainer)
+    trainer._signal_connector = signals = Signals(trainer)
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None  # its ranks read what the first one sends, and wait for the device
+    return signals
 
 
-def add_flags(trainer: Trainer, like: Tensor) -> list[Tensor]:
-    """Return a trainer's :meth:`Signals.flags`; empty if its signals are Lightning's own."""
+def signals_of(trainer: Trainer) -> Signals | None:
+    """Return the trainer's signal handlers; None if they are Lightning's own."""
     connector: Any = trainer._signal_connector
-    return connector.flags(like) if isinstance(connector, Signals) else []
-
-
-def note_flags(trainer: Trainer, counts: Tensor) -> None:
-    """Keep the sum of the ranks' :func:`add_flags`, if there were any."""
-    if len(counts):
-        signals_of(trainer).note(counts)
-
-
-def signal_of(trainer: Trainer) -> int:
-    """Return the number of the signal on which all ranks have agreed to end the run; 0: none."""
-    connector: Any = trainer._signal_connector
-    return connector.agreed if isinstance(connector, Signals) else 0
-
-
-def signals_of(trainer: Trainer) -> Signals:
-    """Return the trainer's signal handlers."""
-    connector: Any = trainer._signal_connector
-    return connector
+    return connector if isinstance(connector, Signals) else None

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from torch import nn
@@ -73,8 +73,3 @@ def divides_samples(trainer: Trainer) -> bool:
 def leave_out_hp_metric(logger: TensorBoardLogger) -> None:
     """Stop a logger from writing its own list of metrics, with only ``hp_metric``."""
     logger._default_hp_metric = False
-
-
-def mlflow_address(logger: MLFlowLogger) -> str:
-    """Return the address of the store that a logger writes to."""
-    return str(logger._tracking_uri)

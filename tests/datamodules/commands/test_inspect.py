@@ -229,12 +229,7 @@ def test_the_page_holds_its_images_and_shows_all_findings(report: Report, messy:
         assert kind == "data:image/jpeg;base64"
         assert max(Image.open(io.BytesIO(b64decode(data))).size) <= 160
     assert all(value in text for value in report.figures.values())
-    for expected in (
-        "the same file",
-        "other files of the same look",
-        "most frequent captions",
-        "unusable pairs",
-    ):
+    for expected in ("the same file", "other files of the same look", "most frequent captions", "unusable pairs"):
         assert expected in page.text
     assert "Caption <b>copy.jpg</b>" in text  # as text, not as markup
     for name in ("copy.jpg", "small.png"):

@@ -271,27 +271,10 @@ def test_shards_are_inspected_and_trained_on_like_the_table(folder: Path) -> Non
     assert len(kept_pairs(TarPairs("shards"), "inspect.findings.csv")) < len(TarPairs("shards"))
 
 
-@pytest.mark.parametrize(
-    ("caption", "nothing"),
-    [
-        ("image", True),
-        ("A photo.", True),
-        ("IMG_0123.jpg", True),
-        ("DSC00012", True),
-        ("???", True),
-        ("_", True),
-        ("no image available", True),
-        ("Untitled (2)", True),
-        ("7", False),
-        ("a photo of a dog", False),
-        ("imagery", False),
-        ("犬", False),
-        ("🍎", False),
-        ("π", False),
-    ],
-)
-def test_captions_that_say_nothing(caption: str, nothing: bool) -> None:
-    assert says_nothing(caption) == nothing
+def test_captions_that_say_nothing() -> None:
+    nothing = ["image", "A photo.", "IMG_0123.jpg", "DSC00012", "???", "_", "no image available", "Untitled (2)"]
+    something = ["7", "a photo of a dog", "imagery", "犬", "🍎", "π"]
+    assert [caption for caption in (*nothing, *something) if says_nothing(caption)] == nothing
 
 
 def test_a_table_of_other_data_is_refused(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.shares import Share

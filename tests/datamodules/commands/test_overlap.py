@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from base64 import b64decode
 from functools import lru_cache
@@ -22,19 +21,20 @@ from PIL import Image
 from scipy.stats import beta, binom
 
 import lit_clip.evaluation.overlap as maths
-from datamodules.commands.overlap import _part as part_of
-from datamodules.near_duplicates import LookIndex, Looks, look_of
+from datamodules.commands.overlap import EvaluationSet, open_sets, read_thresholds
+from datamodules.near_duplicates import LOOK, LookIndex, look_of
 from datamodules.open_source import open_source
-from datamodules.overlap.findings import findings_of, leaked_rows
-from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search
-from datamodules.overlap.sets import EvaluationSet, open_sets, read_thresholds
+from datamodules.overlap.search import EncodedImages, Searched, SourceRows, encode_images, findings_of, leaked_rows
 from datamodules.pairs.kept import kept_pairs
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.reading import in_batches
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.reading import ImageRows, UnreadableRow, in_batches
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import bonferroni, clopper_pearson, nearer, nowhere, overlap_of
+from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
@@ -54,22 +54,21 @@ def test_statistics_match_a_count_by_hand() -> None:
     assert found.interval == pytest.approx((beta.ppf(0.0025, 2, 2), beta.ppf(0.9975, 3, 1)))
 
 
-@pytest.mark.parametrize(("successes", "trials", "null"), [(0, 5, 0.3), (5, 5, 0.3), (7, 20, 0.2), (130, 200, 0.6)])
-def test_the_p_value_is_a_sum_of_binomial_probabilities(successes: int, trials: int, null: float) -> None:
-    at_least = sum(math.comb(trials, k) * null**k * (1 - null) ** (trials - k) for k in range(successes, trials + 1))
-    assert maths.binomial_p_value(successes, trials, null) == pytest.approx(at_least, rel=1e-9)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 9), (9, 9), (3, 40), (500, 1000)])
-def test_each_tail_outside_the_interval_has_a_probability_of_a_quarter_percent(successes: int, trials: int) -> None:
-    low, high = clopper_pearson(successes, trials)
-
-    def at_most(count: int, chance: float) -> float:
+def test_p_values_and_intervals_are_sums_of_binomial_probabilities() -> None:
+    def at_most(count: int, trials: int, chance: float) -> float:
         return sum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(count + 1))
 
-    assert low == 0 if successes == 0 else 1 - at_most(successes - 1, low) == pytest.approx(0.0025, rel=1e-6)
-    assert high == 1 if successes == trials else at_most(successes, high) == pytest.approx(0.0025, rel=1e-6)
+    for successes, trials, null in ((0, 5, 0.3), (5, 5, 0.3), (7, 20, 0.2), (130, 200, 0.6)):
+        at_least = 1 - at_most(successes - 1, trials, null)
+        assert maths.binomial_p_value(successes, trials, null) == pytest.approx(at_least, rel=1e-9)
+    for successes, trials in ((0, 9), (9, 9), (3, 40), (500, 1000)):
+        low, high = clopper_pearson(successes, trials)
+        low_tail, high_tail = 1 - at_most(successes - 1, trials, low), at_most(successes, trials, high)
+        assert low == 0 if successes == 0 else low_tail == pytest.approx(0.0025, rel=1e-6)
+        assert high == 1 if successes == trials else high_tail == pytest.approx(0.0025, rel=1e-6)
     assert clopper_pearson(0, 0) == (0, 1)
+    assert bonferroni([0.01, None, 0.5, 0.0]) == pytest.approx([0.03, None, 1.0, 0.0])
+    assert bonferroni([]) == []
 
 
 def test_an_empty_subset_has_no_accuracy_and_no_p_value() -> None:
@@ -84,11 +83,6 @@ def test_an_empty_subset_has_no_accuracy_and_no_p_value() -> None:
     assert overlap_of(booleans("")).contamination is None
     with pytest.raises(InputError, match="3 predictions for 4 images"):
         overlap_of(booleans("1000"), booleans("100"))
-
-
-def test_p_values_are_corrected_for_the_number_of_tests() -> None:
-    assert bonferroni([0.01, None, 0.5, 0.0]) == pytest.approx([0.03, None, 1.0, 0.0])
-    assert bonferroni([]) == []
 
 
 def brute_force(query: torch.Tensor, reference: torch.Tensor) -> list[tuple[int, float]]:
@@ -147,11 +141,15 @@ def cropped(image: Image.Image) -> Image.Image:
     return image.convert("RGB").crop((x, y, image.width - x, image.height - y))
 
 
+def looks_of(images: list[Image.Image]) -> np.ndarray:
+    return np.array([look_of(image) for image in images], LOOK)
+
+
 def test_altered_copies_of_photographs_match_only_their_originals() -> None:
     originals = photographs(600)
     copies = [*map(smaller, originals), *map(as_jpeg, originals), Image.new("RGB", (40, 40), "red")]
-    index = LookIndex(Looks.of([look_of(image) for image in [*originals, Image.new("RGB", (9, 9), "red")]]))
-    left, right = index.like(Looks.of([look_of(image) for image in copies]))
+    index = LookIndex(looks_of([*originals, Image.new("RGB", (9, 9), "red")]))
+    left, right = index.like(looks_of(copies))
     assert set(zip(left.tolist(), right.tolist(), strict=True)) == {
         (place % len(originals), place) for place in range(2 * len(originals))
     }
@@ -161,26 +159,25 @@ def test_the_look_index_finds_the_same_pairs_as_comparing_all() -> None:
     random = np.random.default_rng(3)
     seeds = random.integers(0, 2**64, 6, dtype=np.uint64)
 
-    def random_looks(number: int) -> Looks:
-        bits = seeds[random.integers(0, 6, number)]
+    def random_looks(number: int) -> np.ndarray:
+        looks = np.zeros(number, LOOK)
+        looks["bits"] = seeds[random.integers(0, 6, number)]
         for _ in range(2):
-            bits = bits ^ (np.uint64(random.integers(0, 2)) << random.integers(0, 64, number).astype(np.uint64))
-        return Looks(bits, random.integers(0, 12, number).astype(np.uint32), random.random(number) < 0.1)
+            looks["bits"] ^= np.uint64(random.integers(0, 2)) << random.integers(0, 64, number).astype(np.uint64)
+        looks["colour"], looks["plain"] = random.integers(0, 12, number), random.random(number) < 0.1
+        return looks
 
     ours, others = random_looks(40), random_looks(60)
     left, right = LookIndex(ours).like(others)
     expected = {
         (i, j)
-        for i in range(40)
-        for j in range(60)
-        if not (ours.plain[i] or others.plain[j])
-        and (int(ours.bits[i]) ^ int(others.bits[j])).bit_count() <= 2
-        and abs(int(ours.colours[i]) - int(others.colours[j])) <= 8
+        for i, one in enumerate(ours.tolist())
+        for j, other in enumerate(others.tolist())
+        if not (one[2] or other[2]) and (one[0] ^ other[0]).bit_count() <= 2 and abs(one[1] - other[1]) <= 8
     }
     assert set(zip(left.tolist(), right.tolist(), strict=True)) == expected
     assert 20 < len(expected) < 40 * 60
-    empty = LookIndex(Looks.of([])).like(others)
-    assert [len(side) for side in empty] == [0, 0]
+    assert [len(side) for side in LookIndex(looks_of([])).like(others)] == [0, 0]
 
 
 class Videos(ImageSet):
@@ -214,14 +211,31 @@ def write_table(folder: Path, images: list[Image.Image]) -> Path:
     return folder / "train.csv"
 
 
+def encoded(model: CLIP, images: ImageRows, path: Path, several: bool = False) -> tuple[Parts, list[UnreadableRow]]:
+    parts = Parts(path, "any")
+    return parts, encode_images(model, images, parts, EncodingSettings(2, 0, on_error="skip"), "images", several)
+
+
+def searched(model: CLIP, frames: list[Image.Image], path: Path, threshold: float) -> Searched:
+    parts, bad = encoded(model, SetRows(Videos(frames)), path, several=True)
+    return Searched(EncodedImages.joined(parts), [row.message for row in bad], threshold, torch.device("cpu"))
+
+
+def compare(parts: Parts, *sets: Searched) -> None:
+    for part in parts.read(EncodedImages.of):
+        for batch in part.batches(2):
+            for each in sets:
+                each.add(batch)
+
+
 def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     model, photos = CLIP(tiny_config).eval(), photographs()
-    queries = Queries.compute(model, Videos(photos[:6]), "videos", 64, 0)
-    assert queries.items.tolist() == [0, 0, 0, 2, 2, 2]
-    assert queries.bad == ["1: cannot be read (no such codec)"]
+    videos = searched(model, photos[:6], tmp_path / "videos", 2.0)
+    assert videos.images.rows.tolist() == [0, 0, 0, 2, 2, 2]
+    assert videos.bad == ["1: cannot be read (no such codec)"]
     source = open_source(write_table(tmp_path / "train", [photos[6], as_jpeg(photos[4], 90), photos[7]]))
-    found = search(model, queries, source, tmp_path / "found.npz", 2, 0)
-    judged = findings_of(Videos(photos[:6]), queries, found, 2.0, "look", booleans("10"))
+    compare(encoded(model, SourceRows(source), tmp_path / "training")[0], videos)
+    judged = findings_of(Videos(photos[:6]), videos, "look", booleans("10"))
     assert judged.seen.tolist() == [False, True]
     pair = judged.alike[1]
     assert pair is not None
@@ -231,12 +245,23 @@ def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConf
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
 
 
+def test_an_image_that_is_mended_is_encoded_then_and_takes_its_place(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    model, source = CLIP(tiny_config).eval(), open_source(write_table(tmp_path / "train", photographs()[:4]))
+    whole = (tmp_path / "train/1.png").read_bytes()
+    (tmp_path / "train/1.png").write_text("no image")
+    parts, bad = encoded(model, SourceRows(source), tmp_path / "training")
+    assert [row.row for row in bad] == [1]
+    (tmp_path / "train/1.png").write_bytes(whole)
+    assert encoded(model, SourceRows(source), tmp_path / "training")[1] == []
+    found = EncodedImages.joined(parts)
+    assert found.rows.tolist() == [0, 1, 2, 3]
+    assert found.names == [f"{source.path} row {number}" for number in (2, 3, 4, 5)]
+
+
 def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, photos = CLIP(tiny_config).eval(), photographs()
-    queries = Queries.compute(model, Videos(photos[:6]), "videos", 64, 0)
-    source = open_source(write_table(tmp_path / "train", photos[:4]))
+    source = open_source(write_table(tmp_path / "train", photographs()[:4]))
     plain = CLIP.encode_image
 
     def overflowing(self: CLIP, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -246,40 +271,39 @@ def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
 
     monkeypatch.setattr(CLIP, "encode_image", overflowing)
     with pytest.raises(InputError, match=r"train\.csv row 2: features that are not finite"):
-        search(model, queries, source, tmp_path / "found.npz", 2, 0)
+        encoded(CLIP(tiny_config).eval(), SourceRows(source), tmp_path / "training")
 
 
 def test_an_interrupted_search_resumes_and_finds_the_same(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, photos = CLIP(tiny_config).eval(), photographs()
-    queries = joined([Queries.compute(model, Videos(photos[:6]), "videos", 64, 0) for _ in range(2)])
     source = open_source(write_table(tmp_path / "train", [*photos[4:], *map(as_jpeg, photos[:4])]))
-    whole = search(model, queries, source, tmp_path / "whole.npz", 2, 0)
+    whole, _ = encoded(model, SourceRows(source), tmp_path / "whole")
     read: list[int] = []
     plain = SourceRows.read
 
     def counted(self: SourceRows, row: int) -> tuple[str, list[Image.Image]]:
-        if row == 5 and 5 not in read:
-            read.append(row)
-            raise KeyboardInterrupt
         read.append(row)
+        if read == [0, 1, 2, 3, 4, 5]:
+            raise KeyboardInterrupt
         return plain(self, row)
 
     monkeypatch.setattr(SourceRows, "read", counted)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
-        search(model, queries, source, tmp_path / "found.npz", 2, 0)
-    assert read == [0, 1, 2, 3, 4, 5]
-    read[:] = [5]
-    again = search(model, queries, source, tmp_path / "found.npz", 2, 0)
-    assert read[1:] == [4, 5, 6, 7]
-    third = search(model, queries, source, tmp_path / "found.npz", 2, 0)
-    assert len(read) == 5
-    for found in (again, third):
-        assert found.nearest.row.tolist() == whole.nearest.row.tolist()
-        assert found.nearest.similarity.tolist() == whole.nearest.similarity.tolist()
-        assert found.look_rows.tolist() == whole.look_rows.tolist()
-        assert (found.names, found.look_names, found.done) == (whole.names, whole.look_names, 8)
+        encoded(model, SourceRows(source), tmp_path / "found")
+    found, _ = encoded(model, SourceRows(source), tmp_path / "found")
+    assert read[6:] == [4, 5, 6, 7]
+    encoded(model, SourceRows(source), tmp_path / "found")
+    assert len(read) == 10
+    results = []
+    for number, parts in enumerate((whole, found)):
+        videos = searched(model, photos[:6], tmp_path / f"videos {number}", 0.95)
+        compare(parts, videos)
+        leaks = np.concatenate(videos.leaks).tolist()
+        results.append((*map(torch.Tensor.tolist, videos.nearest), videos.look_rows.tolist(), repr(leaks)))
+        results[-1] += (videos.names, videos.look_names)
+    assert results[0] == results[1]
 
 
 def test_all_training_images_that_are_in_a_set_are_leaks_not_only_the_nearest(
@@ -288,55 +312,26 @@ def test_all_training_images_that_are_in_a_set_are_leaks_not_only_the_nearest(
     """Against a plain loop over all pairs of two sets and a training set with several copies of each image."""
     model, photos = CLIP(tiny_config).eval(), photographs()
     frames = {"one": photos[:6], "two": [photos[number] for number in (3, 1, 6, 6, 3, 1)]}
-    queries = {name: Queries.compute(model, Videos(each), name, 64, 0) for name, each in frames.items()}
     images = [photos[1], photos[7], as_jpeg(photos[1], 90), smaller(photos[0]), photos[6], photos[1]]
     source = open_source(write_table(tmp_path / "train", images))
-    encoded = Queries.compute(model, Videos(images), "train", 64, 0).features
+    training, _ = encoded(model, SourceRows(source), tmp_path / "training")
+    features = EncodedImages.joined(training).features
     for least in (0.97, 0.9999):
-        found = search(model, joined(list(queries.values())), source, tmp_path / f"{least}.npz", 4, 0, least=least)
-        again = search(model, joined(list(queries.values())), source, tmp_path / f"{least}.npz", 4, 0, least=least)
+        sets = {name: searched(model, each, tmp_path / name, least) for name, each in frames.items()}
+        compare(training, *sets.values())
         for by in ("embedding", "look", "either"):
             wanted: dict[int, list[str]] = {}
             for row, image in enumerate(images):
-                index = LookIndex(Looks.of([look_of(image)]))
                 for name, each in frames.items():
-                    near = float((queries[name].features @ encoded[row]).max()) >= least
-                    alike = any(len(index.like(Looks.of([look_of(frame)]))[0]) for frame in each)
+                    near = float((sets[name].images.features @ features[row]).max()) >= least
+                    alike = len(LookIndex(looks_of(each)).like(looks_of([image]))[0]) > 0
                     if (near and by != "look") or (alike and by != "embedding"):
                         wanted.setdefault(row, []).append(f"image of the evaluation set {name}")
             assert {0, 5} <= set(wanted)
-            for result in (found, again):
-                judged = {
-                    name: findings_of(
-                        Videos(frames[name]), queries[name], part_of(result, start, start + 6), least, by, None
-                    )
-                    for name, start in (("one", 0), ("two", 6))
-                }
-                lines = list(leaked_rows(result, list(queries.values()), judged, by, source))
-                assert {line.row: line.finding for line in lines} == {row: "; ".join(wanted[row]) for row in wanted}
-                assert [line.row for line in lines] == sorted(wanted)
-
-
-def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
-    (tmp_path / "found.npz").write_bytes(b"PK\x03\x04 half")
-    assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
-    assert Queries.load(tmp_path / "found.npz") is None
-    assert Queries.load(tmp_path / "nothing.npz") is None
-    os.mkfifo(tmp_path / "pipe.npz")
-    assert Queries.load(tmp_path / "pipe.npz") is None
-    np.savez(tmp_path / "other.npz", values=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
-    assert NearestFound.load(tmp_path / "other.npz", torch.device("cpu")) is None
-    assert Queries.load(tmp_path / "other.npz") is None
-
-
-def test_an_unreadable_training_set_is_an_error(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table = write_table(tmp_path, photographs()[:2])
-    source = open_source(table)
-    for name in ("0.png", "1.png"):
-        (tmp_path / name).write_text("no image")
-    queries = Queries(F.normalize(torch.randn(1, 16)), Looks.of([look_of(photographs()[0])]), np.array([0]), [])
-    with pytest.raises(InputError, match=r"none of 2 training images can be read; .*train.csv row 2: .*not an image"):
-        search(CLIP(tiny_config), queries, source, tmp_path / "found.npz", 2, 0)
+            judged = {name: findings_of(Videos(frames[name]), each, by, None) for name, each in sets.items()}
+            lines = list(leaked_rows(judged, by, source))
+            assert {line.row: line.finding for line in lines} == {row: "; ".join(wanted[row]) for row in wanted}
+            assert [line.row for line in lines] == sorted(wanted)
 
 
 def test_thresholds_are_set_for_all_sets_or_for_one_or_read_from_a_file(tmp_path: Path) -> None:
@@ -529,8 +524,8 @@ def test_the_command_accepts_a_suite(drawn: Drawn, tmp_path: Path, monkeypatch: 
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": entries}))
     keys = [path.relative_to(drawn.evaluation).as_posix() for path in sorted(drawn.evaluation.rglob("*.png"))]
 
-    def answers(_: CLIP, each: EvaluationSet, queries: Queries, *__: Any) -> torch.Tensor:
-        size = len(queries.items)
+    def answers(_: CLIP, each: EvaluationSet, encoded: EncodedImages, *__: Any) -> torch.Tensor:
+        size = len(encoded.rows)
         return torch.tensor([key in drawn.copied for key in keys]) if size == 30 else torch.ones(size, dtype=torch.bool)
 
     monkeypatch.setattr("datamodules.commands.overlap.recognised", answers)
@@ -553,19 +548,19 @@ def test_the_command_accepts_a_suite(drawn: Drawn, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--output", "overlap.csv"], "must be a .html or a .json file"),
-        (["--output", "nowhere/overlap.html"], "no such folder"),
-        (["--sets", "cifar10"], "--suite"),
-        (["pets", "--precision", "16-mixed"], "--precision 16-mixed: needs a GPU"),
-        ([], "no evaluation set"),
+        ("--output overlap.csv", "must be a .html or a .json file"),
+        ("--output nowhere/overlap.html", "no such folder"),
+        ("--sets cifar10", "--suite"),
+        ("pets --precision 16-mixed", "--precision 16-mixed: needs a GPU"),
+        ("", "no evaluation set"),
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_read(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        run_command(["overlap", "--train", "none.csv", "--model", "none.ckpt", *words])
+        run_command(["overlap", "--train", "none.csv", "--model", "none.ckpt", *words.split()])
 
 
 def test_mismatched_class_names_are_refused_before_anything_is_read(

@@ -13,7 +13,6 @@ from PIL import Image
 
 from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
-from datamodules.pairs.custom import CustomPairs
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.score_files import ScoreFile
 from lit_clip import LitCLIP, load_model
@@ -109,23 +108,10 @@ def test_shards_have_the_scores_of_the_table_that_they_were_written_from(folder:
     assert shards["key"][:2] == ["00000/000000000", "00000/000000001"]
 
 
-class OwnPairs(CustomPairs):
-    def __len__(self) -> int:
-        return len(CAPTIONS)
-
-    def image(self, index: int) -> Image.Image:
-        return Image.open(f"{index}.png")
-
-    def captions(self, index: int) -> list[str]:
-        return CAPTIONS[index]
-
-
-def test_several_tables_and_a_source_of_ones_own_are_scored_like_any_other(folder: Path, tiny_checkpoint: Path) -> None:
-    score("several.jsonl", "captions.csv", "--model", tiny_checkpoint, "--output", "both.parquet")
-    own = json.dumps({"class_path": f"{__name__}.OwnPairs"})
-    score(own, "--model", tiny_checkpoint, "--output", "own.parquet")
-    assert np.allclose(read("own.parquet")["score"], read("both.parquet")["score"][: len(PAIRS)], atol=1e-6)
-    assert read("own.parquet")["key"] == [str(row) for row, _ in PAIRS]
+def test_several_tables_are_scored_like_one(folder: Path, tiny_checkpoint: Path) -> None:
+    for data, output in ((["several.jsonl"], "one.parquet"), (["several.jsonl", "captions.csv"], "both.parquet")):
+        score(*data, "--model", tiny_checkpoint, "--output", output)
+    assert np.allclose(read("one.parquet")["score"], read("both.parquet")["score"][: len(PAIRS)], atol=1e-6)
     assert len(read("both.parquet")["score"]) == len(PAIRS) + len(CAPTIONS)
 
 
@@ -238,42 +224,34 @@ def test_a_table_with_a_score_that_is_no_number_is_refused(
         kept_pairs(open_source("several.jsonl"), "scores.parquet")
 
 
-def test_scores_that_are_texts_are_refused_by_their_column(folder: Path, tiny_checkpoint: Path) -> None:
-    score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
-    table = pq.read_table("scores.parquet")
-    place = table.schema.get_field_index("score")
-    pq.write_table(table.set_column(place, "score", table["score"].cast(pa.string())), "scores.parquet")
-    with pytest.raises(InputError, match=r"^scores\.parquet: column 'score' holds string, not numbers"):
-        kept_pairs(open_source("several.jsonl"), "scores.parquet")
-
-
-def test_metadata_that_are_no_text_are_one_line(folder: Path, tiny_checkpoint: Path) -> None:
+def test_scores_and_metadata_of_other_types_are_refused(folder: Path, tiny_checkpoint: Path) -> None:
     score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
     table = pq.read_table("scores.parquet")
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"model": b"\xff"}), "scores.parquet")
     with pytest.raises(InputError, match=r"^scores.parquet: not a readable file of scores \(not UTF-8 text"):
         ScoreFile(Path("scores.parquet"))
     assert kept_pairs(open_source("several.jsonl"), "scores.parquet")  # who the model was does not decide
+    place = table.schema.get_field_index("score")
+    pq.write_table(table.set_column(place, "score", table["score"].cast(pa.string())), "scores.parquet")
+    with pytest.raises(InputError, match=r"^scores\.parquet: column 'score' holds string, not numbers"):
+        kept_pairs(open_source("several.jsonl"), "scores.parquet")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--output", "scores.csv"], "--output scores.csv: must be a .parquet file"),
-        (["--output", "no/scores.parquet"], "--output no/scores.parquet: there is no folder no"),
-        (["--output", "s.parquet", "--fraction", "1.5"], "--fraction 1.5: must be above 0 and at most 1"),
-        (
-            ["--output", "s.parquet", "--fraction", "0.5", "--threshold", "0.1"],
-            "--threshold: give it or --fraction, not both",
-        ),
-        (["--output", "s.parquet", "--fraction", "0.1"], "--fraction 0.1: keeps none of 7 pairs; raise it"),
-        (["--output", "s.parquet", "--threshold", "2"], r"none of 7 pairs is kept \(removed by clip_score 7\)"),
-        (["--output", "s.parquet", "--min_image_dim", "0"], "--min_image_dim 0: must be at least 1"),
+        ("--output scores.csv", "--output scores.csv: must be a .parquet file"),
+        ("--output no/scores.parquet", "--output no/scores.parquet: there is no folder no"),
+        ("--output s.parquet --fraction 1.5", "--fraction 1.5: must be above 0 and at most 1"),
+        ("--output s.parquet --fraction 0.5 --threshold 0.1", "--threshold: give it or --fraction, not both"),
+        ("--output s.parquet --fraction 0.1", "--fraction 0.1: keeps none of 7 pairs; raise it"),
+        ("--output s.parquet --threshold 2", r"none of 7 pairs is kept \(removed by clip_score 7\)"),
+        ("--output s.parquet --min_image_dim 0", "--min_image_dim 0: must be at least 1"),
     ],
 )
-def test_impossible_options_are_one_line(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
+def test_impossible_options_are_one_line(folder: Path, tiny_checkpoint: Path, words: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        score("captions.csv", "--model", tiny_checkpoint, *words)
+        score("captions.csv", "--model", tiny_checkpoint, *words.split())
     assert not list(folder.glob("*.parquet"))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from datamodules.evaluation import annotation_files
 from tests.conftest import ROOT
-from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, encoded, paint, wds_sample, write_wds
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_files, write_wds
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 
@@ -44,19 +44,12 @@ def tars(tmp_path: Path) -> Path:
 def imagenet_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All 1,000 class folders, whose images encode their label."""
     root = tmp_path_factory.mktemp("v2") / "imagenetv2-matched-frequency-format-val"
-    for label in range(1000):
-        paint(root / str(label) / "a.jpeg", label)
-    return root
+    return write_files(root, {f"{label}/a.jpeg": label for label in range(1000)})
 
 
 @pytest.fixture(scope="session")
 def resisc45(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All 45 class folders with 20 images each."""
-    root = tmp_path_factory.mktemp("resisc45")
-    data = encoded(0)
-    for name in PROMPTS["RESISC45"]["classes"]:
-        folder = root / "NWPU-RESISC45" / name.replace(" ", "_")
-        folder.mkdir(parents=True)
-        for number in range(1, 21):
-            (folder / f"{folder.name}_{number:03}.jpg").write_bytes(data)
-    return root
+    names = [name.replace(" ", "_") for name in PROMPTS["RESISC45"]["classes"]]
+    files = {f"NWPU-RESISC45/{name}/{name}_{number:03}.jpg": 0 for name in names for number in range(1, 21)}
+    return write_files(tmp_path_factory.mktemp("resisc45"), files)

@@ -119,107 +119,92 @@ def _marks(content: bytes) -> dict[str, Any]:
     return _tars("npy", content, "multilabel")
 
 
+def _fer(row: str) -> dict[str, Any]:
+    return {"fer2013/fer2013.csv": f"emotion,pixels,Usage\n{row},PrivateTest\n"}
+
+
+def _clevr(scenes: Any) -> dict[str, Any]:
+    return {"clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json": scenes if isinstance(scenes, str) else json.dumps(scenes)}
+
+
+def _rareact(label: str) -> dict[str, Any]:
+    header = "video_id,start,end,class_id,verb,noun,annotation"
+    return {"v.mp4": "junk", "rareact.csv": f"{header}\nv,0,1,{label},cut,egg,1\n"}
+
+
+def _mat(**variables: Any) -> Callable[[Path], None]:
+    return lambda path: scipy_io.savemat(path, variables)
+
+
 LAUGHS = (
     '<!DOCTYPE l [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]><annotation><object><name>&b;</name></object></annotation>'
 )
-ROWS = "emotion,pixels,Usage\n"
-FACE = " ".join(["7"] * 48 * 48)
-HEADER = "video_id,start,end,class_id,verb,noun,annotation\n"
-RAREACT = {"v.mp4": "junk"}
 CAR = np.zeros((1, 1), dtype=[("fname", object), ("class", object)])
 CAR[0, 0] = ("1.jpg", "x")
-CARS = "stanford_cars/cars_test_annos_withlabels.mat"
-SCENES = "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json"
-KITTI = "Kitti/raw/mapping"
-VIDEOS = "".join(f"2011 v{number} 1\n" for number in range(3))
-HUGE = struct.pack(">III", 2**31, 2**31, 4)
-MNIST = "MNIST/raw/t10k"
+CARS = {
+    "stanford_cars/cars_test_annos_withlabels.mat": _mat(annotations=CAR),
+    "stanford_cars/devkit/cars_meta.mat": _mat(class_names=["x", "y"]),
+}
+KITTI = {
+    "Kitti/raw/mapping/train_mapping.txt": "".join(f"2011 v{number} 1\n" for number in range(3)),
+    "Kitti/raw/mapping/train_rand.txt": "-1,0",
+}
+MNIST = {
+    "MNIST/raw/t10k-images-idx3-ubyte": b"\0\0\x08\x03" + struct.pack(">III", 2**31, 2**31, 4),
+    "MNIST/raw/t10k-labels-idx1-ubyte": b"\0\0\x08\x01\0\0\0\0",
+}
+TERABYTES = _hdf5(lambda file: file.create_dataset("y", (2**40,), np.uint8, chunks=(1024,)))
+NUMBERS = _hdf5(lambda file: file.create_group("digitStruct").create_dataset("name", (1, 1)))
 OBJECTS = (
     b"\x93NUMPY\x01\0v\0" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999,), }".ljust(117) + b"\n"
 )
+GIRAFFE = "<annotation><object><name>giraffe</name></object></annotation>"
+ELEVEN = {"scenes": [{"image_filename": "a.png", "objects": [{}] * 11}]}
+RUNS = {"val/a.JPEG": _png(), "meta.bin": pickle.dumps(({}, _Evil()))}
+ODD = {"data": PIXELS, "labels": ["x", None]}
+TWO = {"data": PIXELS, "labels": [0, 1]}
+EVIL = _npy(np.array([_Evil()], dtype=object))
+NOT_TEXT = {"scenes": [{"image_filename": [], "objects": []}]}
 
 # What the set is, its files, and the error
 HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
     "CIFAR that runs code": (sets.CIFAR10, _cifar({"data": _Evil(), "labels": [0]}), "test_batch.*would run .*system"),
-    "CIFAR of objects": (sets.CIFAR10, _cifar({"data": PIXELS.astype(object), "labels": [0, 1]}), "test_batch: not a"),
-    "CIFAR of odd labels": (
-        sets.CIFAR10,
-        _cifar({"data": PIXELS, "labels": ["x", None]}),
-        "test_batch.*no list of num",
-    ),
-    "CIFAR of odd names": (
-        sets.CIFAR10,
-        _cifar({"data": PIXELS, "labels": [0, 1]}, [1, 2]),
-        "batches.meta.*no list of na",
-    ),
-    "CIFAR of a third class": (sets.CIFAR10, _cifar({"data": PIXELS, "labels": [0, 2]}), "label 2 is none of the 2"),
+    "CIFAR of objects": (sets.CIFAR10, _cifar({**TWO, "data": PIXELS.astype(object)}), "test_batch: not a"),
+    "CIFAR of odd labels": (sets.CIFAR10, _cifar(ODD), "test_batch.*no list of num"),
+    "CIFAR of odd names": (sets.CIFAR10, _cifar(TWO, [1, 2]), "batches.meta.*no list of na"),
+    "CIFAR of a third class": (sets.CIFAR10, _cifar({**TWO, "labels": [0, 2]}), "label 2 is none of the 2"),
     "CIFAR of a terabyte": (sets.CIFAR10, _cifar(b"\x80\x05\x96" + struct.pack("<Q", 2**40)), "test_batch: not a"),
     "CIFAR in a pipe": (sets.CIFAR10, _cifar(os.mkfifo), "test_batch: neither a file nor a folder"),
-    "MNIST of exabytes": (
-        sets.MNIST,
-        {f"{MNIST}-images-idx3-ubyte": b"\0\0\x08\x03" + HUGE, f"{MNIST}-labels-idx1-ubyte": b"\0\0\x08\x01\0\0\0\0"},
-        "images-idx3-ubyte: not a complete IDX file",
-    ),
-    "FER2013 of a word": (sets.FER2013, {"fer2013/fer2013.csv": f"{ROWS}\u00b2,{FACE},PrivateTest\n"}, "not a face"),
+    "MNIST of exabytes": (sets.MNIST, MNIST, "images-idx3-ubyte: not a complete IDX file"),
+    "FER2013 of a word": (sets.FER2013, _fer(f"\u00b2,{'7 ' * 48 * 48}"), "not a face"),
     "FER2013 of a long field": (
         sets.FER2013,
-        {"fer2013/fer2013.csv": f"{ROWS}1,{'7' * 3_000_000},PrivateTest\n"},
+        _fer(f"1,{'7' * 3_000_000}"),
         "fer2013.csv: not a readable table of faces",
     ),
     "PCam in another file": (sets.PCam, _pcam(_external_link), "test_x.h5: x is no data set of its own"),
     "PCam of other files": (sets.PCam, _pcam(_virtual), "test_x.h5: x is no data set of its own"),
     "PCam of raw bytes": (sets.PCam, _pcam(_raw), "test_x.h5: x is no data set of its own"),
     "PCam of a folder": (sets.PCam, _pcam(_hdf5(lambda file: file.create_group("x"))), "x is no data set of its own"),
-    "PCam of terabytes": (
-        sets.PCam,
-        _pcam(None, _hdf5(lambda file: file.create_dataset("y", (2**40,), np.uint8, chunks=(1024,)))),
-        "2 images for the 1099511627776 labels",
-    ),
-    "SVHN of numbers": (
-        sets.SVHNNumbers,
-        {"test/digitStruct.mat": _hdf5(lambda file: file.create_group("digitStruct").create_dataset("name", (1, 1)))},
-        "digitStruct.mat: not a readable",
-    ),
+    "PCam of terabytes": (sets.PCam, _pcam(None, TERABYTES), "2 images for the 1099511627776 labels"),
+    "SVHN of numbers": (sets.SVHNNumbers, {"test/digitStruct.mat": NUMBERS}, "digitStruct.mat: not a readable"),
     "IIIT5K of numbers": (
         sets.IIIT5K,
-        {"testdata.mat": lambda path: scipy_io.savemat(path, {"testdata": np.zeros((2, 2))})},
+        {"testdata.mat": _mat(testdata=np.zeros((2, 2)))},
         "testdata.mat: not a readable file of IIIT5K's testdata",
     ),
-    "Stanford Cars of words": (
-        sets.StanfordCars,
-        {
-            CARS: lambda path: scipy_io.savemat(path, {"annotations": CAR}),
-            "stanford_cars/devkit/cars_meta.mat": lambda path: scipy_io.savemat(path, {"class_names": ["x", "y"]}),
-        },
-        "withlabels.mat: not a readable list of cars",
-    ),
+    "Stanford Cars of words": (sets.StanfordCars, CARS, "withlabels.mat: not a readable list of cars"),
     "VOC of entities": (sets.VOC2007, _voc(LAUGHS), "1.xml: not an annotation of VOC, which has no declarations"),
-    "VOC of giraffes": (
-        sets.VOC2007,
-        _voc("<annotation><object><name>giraffe</name></object></annotation>"),
-        "1.xml: .*giraffe",
-    ),
+    "VOC of giraffes": (sets.VOC2007, _voc(GIRAFFE), "1.xml: .*giraffe"),
     "VOC nested": (sets.VOC2007, _voc("<a>" * 100_000), "1.xml: not a readable annotation"),
     "VOC in a pipe": (sets.VOC2007, _voc(os.mkfifo), "1.xml: neither a file nor a folder"),
-    "CLEVR nested": (sets.CLEVRCounts, {SCENES: "[" * 100_000}, "scenes.json: not a readable JSON file .nested too"),
-    "CLEVR of lists": (
-        sets.CLEVRCounts,
-        {SCENES: json.dumps({"scenes": [{"image_filename": [], "objects": []}]})},
-        "scenes.json: .*image_filename: .* must be a text",
-    ),
-    "CLEVR of eleven": (
-        lambda root: sets.CLEVRCounts(root, test=1),
-        {SCENES: json.dumps({"scenes": [{"image_filename": "a.png", "objects": [{}] * 11}]})},
-        "a.png has 11 objects",
-    ),
-    "KITTI counting backwards": (
-        sets.KITTI,
-        {f"{KITTI}/train_mapping.txt": VIDEOS, f"{KITTI}/train_rand.txt": "-1,0"},
-        "train_rand.txt: not line numbers",
-    ),
+    "CLEVR nested": (sets.CLEVRCounts, _clevr("[" * 100_000), "scenes.json: not a readable JSON file .nested too"),
+    "CLEVR of lists": (sets.CLEVRCounts, _clevr(NOT_TEXT), "scenes.json: .*image_filename: .* must be a text"),
+    "CLEVR of eleven": (lambda root: sets.CLEVRCounts(root, test=1), _clevr(ELEVEN), "a.png has 11 objects"),
+    "KITTI counting backwards": (sets.KITTI, KITTI, "train_rand.txt: not line numbers"),
     "Food-101 without images": (
         sets.Food101,
-        {"food-101/meta/test.json": json.dumps({"apple_pie": ["apple_pie/1"]})},
+        {"food-101/meta/test.json": '{"apple_pie": ["apple_pie/1"]}'},
         "images/apple_pie: no such folder",
     ),
     "Food-101 of numbers": (sets.Food101, {"food-101/meta/test.json": '{"x": [3]}'}, "test.json: .* must be a text"),
@@ -227,33 +212,13 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
     "tars with another digit": (sets.WebDataset, _tars("cls", "\u00b2".encode()), "sample a: its label is"),
     "tars without number": (sets.WebDataset, _tars("cls", b"1", shards="9" * 5000), "nshards.txt: '9999"),
     "tar with large target": (sets.WebDataset, _tars("cls", b"1" * 2_000_000), "its .cls has 2,000,000 bytes"),
-    "tars that run code": (
-        sets.WebDatasetMultiLabel,
-        _marks(_npy(np.array([_Evil()], dtype=object))),
-        "its .npy: not a readable array",
-    ),
-    "tars of a raw pickle": (
-        sets.WebDatasetMultiLabel,
-        _marks(pickle.dumps(_Evil())),
-        "its .npy: not a readable array",
-    ),
+    "tars that run code": (sets.WebDatasetMultiLabel, _marks(EVIL), "its .npy: not a readable array"),
+    "tars of a raw pickle": (sets.WebDatasetMultiLabel, _marks(pickle.dumps(_Evil())), ".npy: not a readable array"),
     "tars of terabytes": (sets.WebDatasetMultiLabel, _marks(OBJECTS), "its .npy: not a readable array"),
     "tars of words": (sets.WebDatasetMultiLabel, _marks(_npy(np.array(["1", "0"]))), "its .npy must hold"),
-    "RareAct without a class": (
-        sets.RareAct,
-        {**RAREACT, "rareact.csv": f"{HEADER}v,0,1,nan,cut,egg,1\n"},
-        "class_id is 'nan', not a number",
-    ),
-    "RareAct between classes": (
-        sets.RareAct,
-        {**RAREACT, "rareact.csv": f"{HEADER}v,0,1,0.5,cut,egg,1\n"},
-        "class_id must be a whole number, not 0.5",
-    ),
-    "ImageNet that runs code": (
-        sets.ImageNet,
-        {"val/a.JPEG": _png(), "meta.bin": pickle.dumps(({}, _Evil()))},
-        "meta.bin: not a readable file of torchvision's",
-    ),
+    "RareAct without a class": (sets.RareAct, _rareact("nan"), "class_id is 'nan', not a number"),
+    "RareAct between classes": (sets.RareAct, _rareact("0.5"), "class_id must be a whole number, not 0.5"),
+    "ImageNet that runs code": (sets.ImageNet, RUNS, "meta.bin: not a readable file of torchvision's"),
 }
 
 

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from datamodules.evaluation import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
-from datamodules.evaluation.masked_files import CLASSES
+from datamodules.evaluation.localised_sets import CLASSES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.prompts import prompts_of_set
@@ -29,11 +29,7 @@ MASKED = {  # keys, and the labels of the first mask's stripes
     "context59": (["one.jpg", "three.jpg"], [-1, 0, -1, 1], 59),
     "ade20k": (["one.jpg", "three.jpg", "two.jpg"], [-1, 0, 149, 0], 150),
     "coco_stuff": (["one.jpg", "three.jpg", "two.jpg"], [-1, 0, 170, 0], 171),
-    "cityscapes": (
-        [f"{city}/{city}_000000_leftImg8bit.png" for city in ("bonn", "ulm")],
-        [-1, 0, 18, -1, 9],
-        19,
-    ),
+    "cityscapes": ([f"{city}/{city}_000000_leftImg8bit.png" for city in ("bonn", "ulm")], [-1, 0, 18, -1, 9], 19),
 }
 
 
@@ -136,13 +132,8 @@ def test_masks_without_one_channel_of_whole_numbers_are_refused(tmp_path: Path, 
 
 def test_class_names_are_distinct_and_as_many_as_published() -> None:
     names = yaml.safe_load(CLASSES.read_text(encoding="utf-8"))
-    assert {key: len(set(each)) for key, each in names.items()} == {
-        "voc": 20,
-        "context": 59,
-        "ade20k": 150,
-        "coco_stuff": 171,
-        "cityscapes": 19,
-    }
+    sizes = {"voc": 20, "context": 59, "ade20k": 150, "coco_stuff": 171, "cityscapes": 19}
+    assert {key: len(set(each)) for key, each in names.items()} == sizes
     assert all(isinstance(name, str) and name == name.strip() for each in names.values() for name in each)
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from datamodules import evaluation as sets
 from datamodules.evaluation.faces import FER_PLUS
-from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
+from lit_clip.evaluation.data import LabelledImages, MissingData
 from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
 from tests.evaluation.test_prompts import COUNTS
-from tests.helpers.coloured_sets import message_of, write_birdsnap, write_objectnet
-from tests.helpers.miniature_images import paint, write_mat, write_text
+from tests.helpers.coloured_sets import message_of, write_birdsnap, write_files, write_objectnet
+from tests.helpers.miniature_images import paint, write_mat
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
 pytestmark = pytest.mark.usefixtures("_mat_read_here")
@@ -91,42 +91,25 @@ def test_fer_plus_has_the_papers_names_of_fer2013_in_its_own_label_order(suite: 
 
 
 def test_suite_opens_present_sets_and_says_how_to_get_missing_ones(
-    tmp_path: Path, tars: Path, imagenet_v2: Path, resisc45: Path
+    tmp_path: Path, tars: Path, imagenet_v2: Path, resisc45: Path, suite: dict[str, SuiteEntry]
 ) -> None:
     """The miniatures lie where the suite looks for them; the errors of all other sets say how to get them."""
-    suite = read_suite(ROOT / "configs/evaluation/paper.yaml")
     data = tmp_path / "data"
-    data.mkdir()
+    (data / "imagenetv2").mkdir(parents=True)
     tars.rename(data / "wds_mnist")
-    (data / "imagenetv2").mkdir()
     (data / "imagenetv2" / imagenet_v2.name).symlink_to(imagenet_v2)
     (data / "resisc45").symlink_to(resisc45)
     write_birdsnap(data / "birdsnap")
     write_objectnet(data / "objectnet/objectnet-1.0")
-    opened: dict[str, ImageSet] = {
-        name: suite[name].open("test", 0, data)
-        for name in ("wds_mnist", "imagenetv2", "resisc45", "birdsnap", "objectnet", "digits")
-    }
-    assert {name: len(images) for name, images in opened.items()} == {
-        "wds_mnist": 7,
-        "imagenetv2": 1000,
-        "resisc45": 720,
-        "birdsnap": 2,
-        "objectnet": 2,
-        "digits": 797,
-    }
-    missing = ["imagenet_a", "imagenet_r", "imagenet_sketch", "ayahoo", "sun", "hateful_memes", "wds_flickr30k"]
-    for name in missing:
-        message = message_of(lambda name=name: suite[name].open("test", 0, data), MissingData)
+    sizes = {"wds_mnist": 7, "imagenetv2": 1000, "resisc45": 720, "birdsnap": 2, "objectnet": 2, "digits": 797}
+    assert {name: len(suite[name].open("test", 0, data)) for name in sizes} == sizes
+    for name in ("imagenet_a", "imagenet_r", "imagenet_sketch", "ayahoo", "sun", "hateful_memes", "wds_flickr30k"):
         assert suite[name].how_to_get
-        assert suite[name].how_to_get in message
+        assert suite[name].how_to_get in message_of(lambda name=name: suite[name].open("test", 0, data), MissingData)
     wds = {name: entry for name, entry in suite.items() if name.startswith("wds_")}
     assert len(wds) == 41
-    assert {name for name, entry in wds.items() if entry.tasks == ["retrieval"]} == {
-        "wds_mscoco_captions",
-        "wds_flickr8k",
-        "wds_flickr30k",
-    }
+    captioned = {"wds_mscoco_captions", "wds_flickr8k", "wds_flickr30k"}
+    assert {name for name, entry in wds.items() if entry.tasks == ["retrieval"]} == captioned
     for entry in wds.values():
         assert entry.data["init_args"]["root"].startswith("wds_")
         own = None if entry.tasks == ["zero_shot"] else ["{}"]  # None: the set has its own; captions are used unchanged
@@ -151,34 +134,29 @@ def prompt_names(name: str) -> list[str]:
 def write_sun397(root: Path, names: list[str]) -> None:
     """Paths have underscores and slashes where the prompts have spaces."""
     paths = [f"/{name[0]}/{name.replace(' ', '_')}" for name in names]
-    write_text(root / "SUN397/ClassName.txt", "\n".join(paths))
-    write_text(root / "SUN397/Testing_01.txt", "\n".join(f"{path}/sun_a.jpg" for path in paths))
-    (root / f"SUN397{paths[0]}").mkdir(parents=True)
+    images = "\n".join(f"{path}/sun_a.jpg" for path in paths)
+    write_files(root / "SUN397", {"ClassName.txt": "\n".join(paths), "Testing_01.txt": images, f"{paths[0][1:]}/a": ""})
 
 
 def write_pets(root: Path, names: list[str]) -> None:
     lines = [f"{name.replace(' ', '_')}_1 {i} 1 1" for i, name in enumerate(names, 1)]
-    write_text(root / "oxford-iiit-pet/annotations/test.txt", "\n".join(lines))
-    (root / "oxford-iiit-pet/images").mkdir()
+    write_files(root / "oxford-iiit-pet", {"annotations/test.txt": "\n".join(lines), "images/a": ""})
 
 
 def write_aircraft(root: Path, names: list[str]) -> None:
-    folder = root / "fgvc-aircraft-2013b/data"
-    write_text(folder / "variants.txt", "\n".join(names))
-    write_text(folder / "images_variant_test.txt", "\n".join(f"{i:07} {name}" for i, name in enumerate(names)))
-    (folder / "images").mkdir()
+    images = "\n".join(f"{i:07} {name}" for i, name in enumerate(names))
+    files = {"variants.txt": "\n".join(names), "images_variant_test.txt": images, "images/a": ""}
+    write_files(root / "fgvc-aircraft-2013b/data", files)
 
 
 def write_food(root: Path, names: list[str]) -> None:
     dishes = {name.replace(" ", "_"): [f"{name.replace(' ', '_')}/1"] for name in names}
-    write_text(root / "food-101/meta/test.json", json.dumps(dishes))
-    (root / "food-101/images/apple_pie").mkdir(parents=True)
+    write_files(root / "food-101", {"meta/test.json": dishes, "images/apple_pie/a": ""})
 
 
 def write_textures(root: Path, names: list[str]) -> None:
-    write_text(root / "dtd/labels/test1.txt", "\n".join(f"{name}/{name}_0001.jpg" for name in names))
-    for name in names:
-        (root / "dtd/images" / name).mkdir(parents=True)
+    images = "\n".join(f"{name}/{name}_0001.jpg" for name in names)
+    write_files(root / "dtd", {"labels/test1.txt": images, **{f"images/{name}/a": "" for name in names}})
 
 
 def write_cars(root: Path, names: list[str]) -> None:

@@ -1,12 +1,10 @@
 """Sets that torchvision has, on miniatures of their owners' files, and in the layouts of Kaggle, Zenodo and the hub."""
 
 import csv
-import io
 import json
 import os
 import pickle
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader
 from datamodules import evaluation as sets
 from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData
-from tests.helpers.coloured_sets import message_of, paint_shade, shade
+from tests.helpers.coloured_sets import message_of, paint_shade, shade, write_tar
 from tests.helpers.miniature_arrays import EMOTION_NAMES, FACES, write_fer2013, write_stl10
 from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
 from tests.helpers.miniature_images import Row, Rows, encodes, paint, pixels, write_mat, write_text
@@ -154,14 +152,13 @@ def test_forked_worker_opens_the_pixel_file_itself(name: str, tmp_path: Path, mo
     split = "test" if name == "fer_plus" else "train"  # with two images
     rows = miniature.write(tmp_path)[split]
     images: Any = open_miniature(miniature, tmp_path, split)
-    reader = type(getattr(images, "reader", images))
-    original = reader.open
+    original = images._open_pixels
 
-    def watched(self: Any) -> Any:
+    def watched() -> Any:
         (tmp_path / f"opened by {os.getpid()}").touch()
-        return original(self)
+        return original()
 
-    monkeypatch.setattr(reader, "open", watched)
+    monkeypatch.setattr(images, "_open_pixels", watched)
     assert encodes(images[1][0], rows[1].number)
     loader = DataLoader(images, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="fork")
     for row, ((image, _),) in zip(rows, loader, strict=True):
@@ -208,34 +205,6 @@ def test_eurosat_splits_are_thirds_of_the_sampled_images(tmp_path: Path) -> None
     assert len({key for some in keys.values() for key in some}) == 300
     other = sets.EuroSAT(str(tmp_path), "train", 30, seed=1)
     assert [other.key(i) for i in range(len(other))] != keys["train"]
-
-
-@pytest.mark.parametrize("labels", ["meta.bin", "devkit"])
-def test_imagenets_validation_images_may_lie_in_one_folder(labels: str, tmp_path: Path) -> None:
-    """As in the archive: images sorted by name match the development kit's labels."""
-    wnids = ["n15075141", "n01440764", "n01440764"]
-    for i in range(3):
-        paint(tmp_path / f"val/ILSVRC2012_val_0000000{i + 1}.JPEG", i)
-    if labels == "meta.bin":
-        torch.save(({"n01440764": ("tench",)}, wnids), tmp_path / "meta.bin")
-    else:
-        synsets = np.zeros((3, 1), dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
-        for i, wnid in enumerate(["n02119789", "n15075141", "n01440764"]):
-            synsets[i, 0] = (i + 1, wnid, "words")
-        write_mat(tmp_path / "ILSVRC2012_devkit_t12/data/meta.mat", synsets=synsets)
-        write_text(tmp_path / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", "2\n3\n3\n")
-    images = sets.ImageNet(str(tmp_path))
-    assert images.labels() == [999, 0, 0]
-    assert [images.class_names[label] for label in images.labels()] == ["toilet paper", "tench", "tench"]
-    assert all(encodes(images[i][0], i) for i in range(3))
-    paint(tmp_path / "val/ILSVRC2012_val_00000004.JPEG", 4)
-    assert "4 images, not 3" in message_of(lambda: sets.ImageNet(str(tmp_path)))
-
-
-def test_folder_that_is_not_an_imagenet_class_is_an_error(tmp_path: Path) -> None:
-    write_imagenet(tmp_path)
-    paint(tmp_path / "val/n00000001/a.JPEG", 1)
-    assert "'n00000001' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path)))
 
 
 OTHER_PLACES = [  # a set, where its miniature lies, and where it is moved to
@@ -319,26 +288,34 @@ def write_solution(root: Path, wnids: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("folder", ["ILSVRC/Data/CLS-LOC/val", "val"])
-def test_kaggles_imagenet_has_the_labels_of_the_development_kit(folder: str, tmp_path: Path) -> None:
-    wnids = write_flat_validation(tmp_path / "archive", "val")
-    write_devkit(tmp_path / "archive", wnids)
-    write_flat_validation(tmp_path / "kaggle", folder)
-    solution = write_solution(tmp_path / "kaggle", wnids)
-    ours, expected = sets.ImageNet(str(tmp_path / "kaggle")), sets.ImageNet(str(tmp_path / "archive"))
-    assert content(ours) == content(expected)
-    assert [imagenet_wnids()[label] for label in ours.labels()] == wnids
-    assert ours.annotation_paths == [solution]
-    paint(tmp_path / "kaggle" / folder / "ILSVRC2012_val_00000009.JPEG", 9)
-    assert "ILSVRC2012_val_00000009.JPEG is not in it" in message_of(lambda: sets.ImageNet(str(tmp_path / "kaggle")))
-    solution.unlink()
-    message = message_of(lambda: sets.ImageNet(str(tmp_path / "kaggle")), MissingData)
-    assert "LOC_val_solution.csv" in message
+@pytest.mark.parametrize("labels", ["meta.bin", "devkit", "LOC_val_solution.csv"])
+def test_imagenets_validation_images_may_lie_in_one_folder(labels: str, folder: str, tmp_path: Path) -> None:
+    """As in the archive and at Kaggle: images sorted by name match torchvision's, the kit's and Kaggle's labels."""
+    wnids = write_flat_validation(tmp_path, folder)
+    if labels == "meta.bin":
+        torch.save(({"n01440764": ("tench",)}, wnids), tmp_path / "meta.bin")
+    elif labels == "devkit":
+        write_devkit(tmp_path, wnids)
+    else:
+        write_solution(tmp_path, wnids)
+    images = sets.ImageNet(str(tmp_path))
+    assert [imagenet_wnids()[label] for label in images.labels()] == wnids
+    assert images.class_names[images.labels()[0]] == "toilet paper"
+    assert all(encodes(images[i][0], i) for i in range(len(wnids)))
+    assert all(labels in path.as_posix() for path in images.annotation_paths)
+    paint(tmp_path / folder / "ILSVRC2012_val_00000009.JPEG", 9)
+    wrong = "ILSVRC2012_val_00000009.JPEG is not in it" if "LOC" in labels else "5 images, not 4"
+    assert wrong in message_of(lambda: sets.ImageNet(str(tmp_path)))
 
 
-def test_solution_with_an_unknown_class_is_an_error(tmp_path: Path) -> None:
+def test_classes_that_imagenet_lacks_and_missing_labels_are_errors(tmp_path: Path) -> None:
     wnids = write_flat_validation(tmp_path, "val")
+    assert "LOC_val_solution.csv" in message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
     write_solution(tmp_path, [*wnids[:-1], "n00000000"])
     assert "'n00000000' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path)))
+    write_imagenet(tmp_path / "folders")
+    paint(tmp_path / "folders/val/n00000001/a.JPEG", 1)
+    assert "'n00000001' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path / "folders")))
 
 
 def write_timm_tars(root: Path, rows: Rows, canonical: Path, info: bool) -> None:
@@ -348,18 +325,13 @@ def write_timm_tars(root: Path, rows: Rows, canonical: Path, info: bool) -> None
         keys = [row.key for row in rows[split]][::-1]
         half = len(keys) // 2
         for number, some in enumerate((keys[half:], keys[:half])):
-            path = root / f"imagenet1k-{name}-{number:02}.tar"
+            path, files = root / f"imagenet1k-{name}-{number:02}.tar", dict[str, bytes]()
             filenames.setdefault(name, []).append(path.name)
-            with tarfile.open(path, "w") as tar:
-                for key in some:
-                    wnid, stem = Path(key).parts[0], Path(key).stem
-                    label = imagenet_wnids().index(wnid)
-                    described = json.dumps({"filename": key, "label": label}).encode()
-                    image = (canonical / split / key).read_bytes()
-                    for suffix, data in (("cls", str(label).encode()), ("jpg", image), ("json", described)):
-                        member = tarfile.TarInfo(f"{stem}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
+            for key in some:
+                stem, label = Path(key).stem, imagenet_wnids().index(Path(key).parts[0])
+                files |= {f"{stem}.cls": str(label).encode(), f"{stem}.jpg": (canonical / split / key).read_bytes()}
+                files[f"{stem}.json"] = json.dumps({"filename": key, "label": label}).encode()
+            write_tar(path, files)
     if info:
         splits = {split: {"name": split, "filenames": files} for split, files in filenames.items()}
         write_text(root / "_info.json", json.dumps({"splits": splits}))
@@ -391,11 +363,7 @@ def test_timms_tar_files_have_the_keys_labels_and_order_of_class_folders(info: b
 
 
 def test_tar_sample_whose_name_contradicts_its_label_is_an_error(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "imagenet1k-train-0000.tar", "w") as tar:
-        for suffix, data in (("jpg", b"x"), ("cls", b"3")):
-            member = tarfile.TarInfo(f"n01440764_1.{suffix}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(tmp_path / "imagenet1k-train-0000.tar", {"n01440764_1.jpg": b"x", "n01440764_1.cls": b"3"})
     message = message_of(lambda: sets.ImageNet(str(tmp_path), "train"))
     assert "its name is of n01440764, but its label 3 is n01491361" in message
     assert "validation" in message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lit_clip.commands.demo_trial import Source, Trial
 from lit_clip.commands.search import Searched
+from lit_clip.embedding.index import nearest
 from tests.fuzz.inputs import Input, Inputs, Target, edited_json, texts
 from tests.fuzz.samples import whole_images
 from tests.fuzz.targets.weights import tiny_model
@@ -76,7 +77,7 @@ def page(folder: Path, kind: type[Trial]) -> Any:
 
     model, names = tiny_model(), ["a.png", "b.png"]
     features = np.eye(2, model.config.embed_dim, dtype=np.float32)
-    return web_app(kind(model, Searched(names, features, [folder / name for name in names])), "a")
+    return web_app(kind(model, Searched(names, partial(nearest, features), [folder / name for name in names])), "a")
 
 
 async def answer(app: Any, request: dict[str, Any]) -> tuple[int, bytes]:

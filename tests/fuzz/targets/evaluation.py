@@ -17,7 +17,7 @@ from datamodules.evaluation import LabelledTable, LocatedImages
 from lit_clip.errors import InputError
 from lit_clip.evaluation.comparison import OtherRun, paired_differences
 from lit_clip.evaluation.prompts import prompts_of_set
-from lit_clip.evaluation.report import chart_style, charts, page
+from lit_clip.evaluation.report import charts, page
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.results import read_results
@@ -171,7 +171,7 @@ def read_other_results(folder: Path, given: Input) -> Iterator[str]:
     results = read_results(folder / given.name)
     whole = result_trees()["results.json"]
     console = Console(file=io.StringIO(), width=200)
-    written = chart_style.svg if sum(given.data) % 16 == 0 else lambda figure, name: ""
+    written = charts.svg if sum(given.data) % 16 == 0 else lambda figure, name: ""
     try:
         print_results(results, console)
         with patch.object(page, "svg", written), patch.object(page, "figures", charts.figures):  # which tests leave out

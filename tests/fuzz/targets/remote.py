@@ -12,7 +12,7 @@ from datamodules.open_source import open_source
 from lit_clip.errors import InputError
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.suite import SuiteEntry
-from lit_clip.models.timm_hub import timm_hub_model
+from lit_clip.models.external_settings import timm_hub_model
 from lit_clip.weights import hub as weights_hub
 from tests.fuzz.inputs import CANARY, DEEP, Input, Inputs, Target, edited_json, to_json
 from tests.fuzz.targets.pairs import on_error, read_pairs, whole_parquet

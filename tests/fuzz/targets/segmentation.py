@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.evaluation import COCOInstances, MaskedFiles, VOCBoxes
-from datamodules.evaluation.torchvision_sets import VOC_CLASSES
+from datamodules.evaluation.owners_layouts import VOC_CLASSES
 from lit_clip.evaluation.places import window_of
 from tests.fuzz.inputs import Input, Inputs, Target, damaged, edited_json, to_json
 from tests.fuzz.samples import encoded, table_images

@@ -5,10 +5,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,6 @@ from lit_clip.training.lightning.checkpoint_io import (
     put_in_place,
     remove_after_writing,
 )
-from tests.conftest import TINY_YAML
 from tests.helpers import forks
 from tests.test_module import data_for, trainer
 
@@ -137,12 +134,6 @@ def test_the_reason_is_that_of_the_disk_while_a_signal_ends_the_run(tmp_path: Pa
     except SystemExit:
         with pytest.raises(InputError, match=r"last.ckpt: the checkpoint cannot be written \(File exists\)"):
             WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "checkpoints/last.ckpt")
-
-
-def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
-        WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
 
 
 @pytest.mark.parametrize("new", ["file", "folder"])
@@ -271,35 +262,6 @@ def test_a_file_that_is_no_checkpoint_is_one_line_from_python_too(
         InputError, match=r"^[^\n]*bad.ckpt: (not a readable checkpoint \(|there is no such file)[^\n]*$"
     ):
         trainer(tmp_path, max_epochs=1).fit(module, data_for(module, caption_table), ckpt_path=path, weights_only=True)
-
-
-@pytest.mark.slow
-def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_configuration(
-    cli: Callable[..., CompletedProcess[str]],
-    in_process: Callable[..., CompletedProcess[str]],
-    caption_table: Path,
-    tmp_path: Path,
-) -> None:
-    words = [
-        *("--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)),
-        *("--data.batch_size", "32", "--data.num_workers", "0", "--model.architecture", TINY_YAML),
-        *("--model.lr_scheduler.warmup_steps", "1", "--trainer.accelerator", "cpu"),
-        *("--trainer.enable_progress_bar", "false"),
-        "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}",
-        "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}",
-    ]
-    refused = in_process("fit", *words, "--ckpt_path", "last")
-    assert refused.returncode == 2
-    advice = "--ckpt_path auto starts from the beginning in that case"
-    assert f"--ckpt_path last: no complete checkpoint below checkpoints, runs/mine; {advice}" in refused.stderr
-    assert cli("fit", *words, "--trainer.max_epochs", "1", "--ckpt_path", "auto").returncode == 0
-    first = tmp_path / "runs/mine/version_0/checkpoints/last.ckpt"
-    assert torch.load(first, weights_only=True)["global_step"] == 2
-    (tmp_path / "runs/mine/broken.ckpt").write_bytes(first.read_bytes()[:-1000])
-    again = cli("fit", *words, "--trainer.max_epochs", "2", "--ckpt_path", "last")
-    assert again.returncode == 0, again.stderr
-    second = tmp_path / "runs/mine/version_1/checkpoints/last.ckpt"
-    assert torch.load(second, weights_only=True)["global_step"] == 4
 
 
 class Slow(WholeCheckpointIO):

@@ -1,19 +1,35 @@
-"""Sets of table 9 with images in files, in torchvision's layout on disk, that need more than a rule."""
+"""Sets in their owners' layouts, or torchvision's, that need more than a rule."""
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
+from PIL import Image
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Truth
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from ..loading.bad_samples import is_unicode
-from .annotation_files import AGAIN, number, read_json, read_lines, read_mat, read_text, read_words, whole_number
-from .image_files import ImageFiles, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
+from .annotation_files import (
+    AGAIN,
+    find,
+    import_optional,
+    number,
+    own_dataset,
+    read_json,
+    read_lines,
+    read_mat,
+    read_table,
+    read_text,
+    read_words,
+    whole_number,
+)
+from .image_files import ImageFiles, KnownLabels, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [
@@ -24,6 +40,9 @@ COUNTS = (10, 3, 4, 5, 6, 7, 8, 9)  # labels follow the paper's prompts: "10" so
 SCENES = entries({"scenes": list[entries({"image_filename": str, "objects": list}, total=True)]}, total=True)
 DISTANCES = ["a car on the left or right side", "a car nearby", "a car in the distance", "no car"]
 VEHICLES = {"Car", "Van", "Truck"}
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TRAINING_DIGITS = 1000
+LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
@@ -34,8 +53,8 @@ def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
     (annotations,) = read_mat(path, "annotations")
     meta = folder / "devkit" / "cars_meta.mat"
     class_names = [str(name) for name in read_mat(meta, "class_names")[0]]
-    if not {"fname", "class"} <= set(annotations.dtype.names or ()):
-        raise InputError(f"{path}: no class labels in it; get the file with labels")
+    labelled = {"fname", "class"} <= set(annotations.dtype.names or ())
+    require(labelled, f"{path}: no class labels in it; get the file with labels")
     with reading(path, "list of cars and their classes", hint=AGAIN):
         labels = [int(label) - 1 for label in annotations["class"]]
     if not all(0 <= label < len(class_names) for label in labels):
@@ -115,27 +134,21 @@ def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
 
 def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
     """Return each split's image numbers, ascending; no video is in two splits."""
-    import numpy as np
-
     rows = read_words(mapping, 3)  # day, video, frame
     numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
     lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
-    if len(lines) < len(numbers):
-        raise InputError(f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
-    videos = [rows[line][1] for line in lines]
-    of_video: dict[str, list[int]] = defaultdict(list)
-    for image, video in enumerate(videos):
-        of_video[video].append(image)
-    if len(of_video) < 3:
-        raise InputError(f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
+    whole = len(lines) == len(numbers)
+    require(whole, f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
+    of_video = defaultdict[str, list[int]](list)
+    for image, line in enumerate(lines):
+        of_video[rows[line][1]].append(image)
+    require(len(of_video) >= 3, f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
     count = max(1, len(of_video) // 10)
     generator = np.random.RandomState(123)  # TensorFlow Datasets' seed; numpy keeps this generator's output fixed
     test = set(generator.choice(sorted(of_video), count, replace=False))
     val = set(generator.choice(sorted(of_video.keys() - test), count, replace=False))
-    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for video, images in of_video.items():
-        splits["test" if video in test else "val" if video in val else "train"] += images
-    return {split: sorted(images) for split, images in splits.items()}
+    of_split = {"train": of_video.keys() - test - val, "val": val, "test": test}
+    return {split: sorted(image for video in of_split[split] for image in of_video[video]) for split in of_split}
 
 
 def _closest_vehicle(path: Path) -> int:
@@ -157,11 +170,126 @@ def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: 
     path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
     counts = {scene["image_filename"]: len(scene["objects"]) for scene in read_json(path, SCENES)["scenes"]}
     require(all(map(is_unicode, counts)), f"{path}: the name of an image is not text; {AGAIN}")
-    if len(counts) < wanted:
-        raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
+    require(len(counts) >= wanted, f"{path}: {len(counts)} scenes, not {wanted}; {AGAIN}")
     names = sorted(by_hash(list(counts), seed)[:wanted])
-    wrong = next((name for name in names if counts[name] not in COUNTS), None)
-    if wrong is not None:
-        raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
+    for name in names:
+        require(counts[name] in COUNTS, f"{path}: {name} has {counts[name]} objects; CLEVR's images have 3 to 10")
     labels = [COUNTS.index(counts[name]) for name in names]
     return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])
+
+
+def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
+    """Birdsnap 1.1: North American birds, with the images that its ``get_birdsnap.py`` could still download.
+
+    ``root`` has ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``. Labels
+    follow the species' folder names, which is the order of the paper's list.
+    """
+    folder, columns = Path(root), {"species.txt": "dir", "images.txt": "path", "test_images.txt": "path"}
+    lists = [folder / name for name in columns]
+    folders, listed, test = (
+        [row["it"] for row in read_table(path, {"it": [columns[path.name]]}, delimiter="\t")] for path in lists
+    )
+    folders.sort()
+    label_of = {name: label for label, name in enumerate(folders)}
+    images = find(folder, ["download/images", "images"], "folder of images")
+    files, labels = [], []
+    for path in listed:
+        species = path.split("/")[0]
+        if species not in label_of:
+            raise InputError(f"{lists[1]}: {path} is of no species in species.txt; get both again")
+        if (path in test) == (split == "test") and (images / path).is_file():
+            files.append((images / path).relative_to(folder).as_posix())
+            labels.append(label_of[species])
+    return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
+
+
+class Digits(KnownLabels):
+    """The handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels.
+
+    Args:
+        split: ``train``: the first 1,000; ``test``: the other 797.
+    """
+
+    def __init__(self, split: TrainTest = "test") -> None:
+        load_digits = import_optional("sklearn.datasets", "scikit-learn", "the set of digits").load_digits
+        rows = slice(0, TRAINING_DIGITS) if split == "train" else slice(TRAINING_DIGITS, None)
+        self.class_names, self.first = list(DIGIT_NAMES), rows.start
+        digits = load_digits()
+        self.pixels = (digits.images[rows] * (255 / 16)).round().astype("uint8")  # [N, 8, 8], scaled from 0 to 16
+        self._labels = digits.target[rows].tolist()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def key(self, index: int) -> str:
+        return str(self.first + index)
+
+    def stamp(self) -> str:
+        return hex_digest([self.pixels.tobytes()])
+
+
+def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
+    """SVHN's photographs of house numbers (format 1); the class is the whole number.
+
+    Classes are the numbers that occur in the split, sorted by value and then by spelling. The paper does not say which
+    classes it used. ``SPLIT`` (``train``, ``test`` or ``extra``) has ``digitStruct.mat`` and the images, as in
+    ``test.tar.gz``.
+    """
+    folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
+    path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
+    rows = _digit_structs(path)
+    names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
+    labels = labels_of([numeral for _, numeral in rows], names, path)
+    return ImageFiles(folder, [name for name, _ in rows], labels, names, [path])
+
+
+def _digit_structs(path: Path) -> list[tuple[str, str]]:
+    """Read each image's file name and number from a MATLAB 7.3 file: HDF5 with references in its cells."""
+    h5py = import_optional("h5py", "h5py", path)
+    everything = h5py.h5s.ALL
+
+    def read(dataset: Any) -> np.ndarray:  # h5py's high-level objects take twice as long
+        plan = dataset.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL or dataset.shape[0] > LONGEST_CELL:
+            raise ValueError("a cell is not a name or a number")
+        values = np.empty(dataset.shape, dataset.dtype)
+        dataset.read(everything, everything, values)
+        return values[:, 0]
+
+    with reading(path, "file of SVHN's digitStruct", hint=AGAIN), h5py.File(path) as opened:
+        file: Any = opened
+        rows = []
+        columns = [own_dataset(file, path, f"digitStruct/{name}") for name in ("name", "bbox")]
+        for name, box in zip(*(column[:, 0] for column in columns), strict=True):
+            cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
+            if len(cells) > 1:  # references; a single value is stored directly
+                cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
+            letters = read(h5py.h5r.dereference(name, file.id))
+            rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
+    require(bool(rows), f"{path}: no images in it; get it again")
+    require(all(is_unicode(name) for name, _ in rows), f"{path}: a name is not Unicode; get it again")
+    return rows
+
+
+def IIIT5K(root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> ImageFiles:
+    """IIIT 5K-Word: images of single words; each has its own list of words to choose from.
+
+    Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
+
+    ``testdata.mat`` and ``test`` are in ``root`` or in ``IIIT5K``. ``medium`` lists have 1,000 words ("1k"), ``small``
+    ones 50.
+    """
+    path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
+    (structs,) = read_mat(path, f"{split}data")
+    rows = []  # each image's file, its word, and the words of its list
+    with reading(path, f"file of IIIT5K's {split}data with {lexicon}Lexi", hint=AGAIN):
+        for row in structs:
+            words = [str(word).upper() for word in np.atleast_1d(row[f"{lexicon}Lexi"])]
+            rows.append((str(row["ImgName"]), str(row["GroundTruth"]).upper(), words))
+    require(bool(rows), f"{path}: no images in it; {AGAIN}")
+    names = sorted({word for _, truth, words in rows for word in (truth, *words)})
+    label_of = {word: label for label, word in enumerate(names)}
+    labels = [label_of[truth] for _, truth, _ in rows]
+    candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
+    files = [name for name, _, _ in rows]
+    return ImageFiles(path.parent, files, labels, names, [path], Truth(candidates=candidates))

@@ -1,4 +1,4 @@
-"""Tables of images and labels, text and parquet."""
+"""A user's own images: class folders, tables of labels and parquet files; folders of ImageNet's variants."""
 
 import io
 import json
@@ -9,11 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision import datasets
 
-from datamodules import ParquetClasses
-from datamodules.evaluation import LabelledTable
+from datamodules import ImageFolderClasses, OpenMojiClasses, ParquetClasses
+from datamodules.evaluation import ImageNetV2, LabelledTable, ObjectNet
+from datamodules.evaluation.imagenet import imagenet_wnids
+from datamodules.evaluation.own_classes import ClassNames
+from datamodules.openmoji import read_table
 from lit_clip.errors import BadSample
 from lit_clip.evaluation.data import MissingData
+from lit_clip.evaluation.zero_shot import ZeroShotSet, imagenet_class_names
 from tests.helpers.coloured_sets import (
     assert_same_after_pickling,
     colour,
@@ -22,7 +27,131 @@ from tests.helpers.coloured_sets import (
     encoded,
     message_of,
     paint,
+    write_files,
+    write_objectnet,
 )
+
+
+def test_imagenet_v2_folders_are_sorted_as_numbers(imagenet_v2: Path) -> None:
+    images = ImageNetV2(str(imagenet_v2))
+    assert images.labels() == list(range(1000))
+    for label in (0, 2, 10, 100, 999):
+        assert colour_of(images, label) == colour(label)
+        assert images.key(label) == f"{label}/a.jpeg"
+    assert images.class_names == imagenet_class_names()
+    assert [int(name) for name in datasets.ImageFolder(str(imagenet_v2)).classes[:3]] == [0, 1, 10]  # the wrong order
+    assert_same_after_pickling(images)
+
+
+def test_missing_class_folder_of_imagenet_v2_is_an_error(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{label}/a.jpeg": label for label in range(999)})
+    assert "999" in message_of(lambda: ImageNetV2(str(tmp_path)))
+    assert "nowhere" in message_of(lambda: ImageNetV2(str(tmp_path / "nowhere")), MissingData)
+
+
+def test_imagenet_wnids_equal_clip_benchmarks() -> None:
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    assert list(imagenet_wnids()) == builder.all_imagenet_wordnet_ids
+
+
+def test_objectnet_classes_equal_clip_benchmarks(tmp_path: Path) -> None:
+    peer = pytest.importorskip("clip_benchmark.datasets.objectnet")
+    root = write_objectnet(tmp_path / "objectnet-1.0")
+    names = ["analog clock", "digital clock", "jersey, T-shirt, tee shirt"]
+    for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"):
+        (tmp_path / name).write_bytes((root / "mappings" / name).read_bytes())
+    (tmp_path / "pytorch_to_imagenet_2012_id.json").write_text(json.dumps({i: i for i in range(3)}))
+    (tmp_path / "imagenet_to_label_2012_v2").write_text("\n".join(names))
+    other = peer.ObjectNetDataset(str(tmp_path), None)
+    images = ObjectNet(str(root))
+    assert other.classes == images.class_names
+    assert [other[index][1] for index in range(len(other))] == images.labels()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes, created out of order; one has nested images, one a text file."""
+    files = {"tabby_cat/deep/er/1.png": 3, "tabby_cat/0.png": 2, "Zebra_finch/b.PNG": 0, "a_dog/x.bmp": 1}
+    return write_files(tmp_path / "pets", {**files, "a_dog/licence.txt": "MIT", "readme.md": "pets"})
+
+
+def test_classes_are_the_subfolders_sorted_by_name(folder: Path) -> None:
+    images = ImageFolderClasses(str(folder))
+    assert images.class_names == ["Zebra finch", "a dog", "tabby cat"]
+    assert colours_and_labels(images) == [(colour(0), 0), (colour(1), 1), (colour(2), 2), (colour(3), 2)]
+    oracle = datasets.ImageFolder(str(folder))
+    assert [name.replace("_", " ") for name in oracle.classes] == images.class_names
+    assert sorted(oracle.targets) == images.labels()
+
+
+@pytest.mark.parametrize("hidden", [".git/x.png", "a_dog/.ipynb_checkpoints/x-checkpoint.png", "a_dog/._x.bmp"])
+def test_hidden_folders_and_files_are_ignored(folder: Path, hidden: str) -> None:
+    """Version control, notebooks' copies, and the files that macOS leaves beside images, which are not images."""
+    paint(folder / hidden)
+    images = ImageFolderClasses(str(folder))
+    assert images.class_names == ["Zebra finch", "a dog", "tabby cat"]
+    assert images.labels() == [0, 1, 2, 2]
+
+
+def test_given_class_names_replace_the_folder_names_in_order(folder: Path) -> None:
+    images = ImageFolderClasses(str(folder), class_names=["finch", "dog", "cat"])
+    assert images.class_names == ["finch", "dog", "cat"]
+    assert images.labels() == [0, 1, 2, 2]
+    wrong: list[tuple[ClassNames, str]] = [(["finch", "dog"], "2 names"), ("imagenet", "1000 names")]
+    for names, count in wrong:
+        message = message_of(lambda names=names: ImageFolderClasses(str(folder), class_names=names))
+        assert all(part in message for part in (count, "3 classes", "pets", "class_names"))
+
+
+def test_imagenets_names_for_a_thousand_folders_are_the_papers_in_order(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"n{i:08}/a.png": 0 for i in range(1000)})
+    images = ImageFolderClasses(str(tmp_path), class_names="imagenet")
+    assert [images.class_names[i] for i in (0, 1, 2, 999)] == ["tench", "goldfish", "great white shark", "toilet paper"]
+    assert images.labels() == list(range(1000))
+
+
+def test_missing_folder_or_class_is_an_error_saying_what_to_do(folder: Path) -> None:
+    assert "nowhere: no such folder" in message_of(lambda: ImageFolderClasses(str(folder / "nowhere")), MissingData)
+    paint(folder / "b_bird/flat/a.png")
+    assert "flat: no subfolders" in message_of(lambda: ImageFolderClasses(str(folder / "b_bird/flat")))
+    (folder / "b_bird/flat/a.png").unlink()
+    (folder / "b_bird/notes.txt").write_text("none yet")
+    assert "b_bird: no images" in message_of(lambda: ImageFolderClasses(str(folder)))
+
+
+def test_file_that_is_not_an_image_is_an_error_before_training(folder: Path) -> None:
+    write_files(folder, {"a_dog/broken.png": b"not an image"})
+    message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback does
+    assert all(part in message for part in ("broken.png", "not an image"))
+
+
+def test_folders_parquet_files_and_drawings_have_stable_keys_and_stamps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("b", "a", "a")):
+        paint(tmp_path / "folder" / name / f"{number}.png", number)
+    folder = ImageFolderClasses(str(tmp_path / "folder"))
+    assert [folder.key(i) for i in range(3)] == ["a/1.png", "a/2.png", "b/0.png"]
+    (tmp_path / "parquet").mkdir()
+    table = pa.table({"image": [encoded(i) for i in range(5)], "label": [0, 1, 0, 1, 1]})
+    for name in ("x", "y"):
+        pq.write_table(table, tmp_path / f"parquet/{name}.parquet", row_group_size=2)
+    parquet = ParquetClasses(str(tmp_path / "parquet"), ["a", "b"])
+    assert [parquet.key(i) for i in (0, 4, 5, 9)] == ["x.parquet:0", "x.parquet:4", "y.parquet:0", "y.parquet:4"]
+    few = read_table()[:25]
+    monkeypatch.setattr("datamodules.openmoji.read_table", lambda: few)
+    drawings = OpenMojiClasses(cache_dir=str(tmp_path))
+    assert [drawings.key(i) for i in range(25)] == [emoji.hexcode for emoji in few]
+    assert parquet[3][1] == 1  # afterwards it holds a row group
+    for images in (folder, parquet, drawings):
+        assert_same_after_pickling(images)
+    before = folder.stamp(), parquet.stamp()
+    paint(tmp_path / "folder/b/9.png")
+    pq.write_table(table.slice(0, 4), tmp_path / "parquet/y.parquet")
+    assert ImageFolderClasses(str(tmp_path / "folder")).stamp() != before[0]
+    assert ParquetClasses(str(tmp_path / "parquet"), ["a", "b"]).stamp() != before[1]
+    for kind in (ImageFolderClasses, lambda path: ParquetClasses(path, ["a"])):
+        message_of(lambda kind=kind: kind(str(tmp_path / "nowhere")), MissingData)
 
 
 @pytest.fixture
@@ -80,19 +209,22 @@ def test_numeric_labels_index_the_given_class_names(photos: Path, form: str) -> 
     assert columns.labels() == [0, 1, 2, 3]
 
 
-def test_label_names_follow_the_order_of_the_given_class_names(photos: Path) -> None:
+def test_names_follow_the_order_of_the_given_ones_and_are_not_taken_for_numbers(photos: Path) -> None:
+    """CLEVR's classes are 10, 3, 4, 5: is 3 the label of "5", or the class "3"?"""
     path = write_rows(photos, "csv", ROWS)
     assert LabelledTable(str(path), class_names=["dog", "eel", "cat", "ant, red"]).labels() == [0, 3, 0, 2]
-
-
-def test_labels_that_are_both_numbers_and_other_classes_names_are_an_error(photos: Path) -> None:
-    """CLEVR's classes are 10, 3, 4, 5: is 3 the label of "5", or the class "3"?"""
     names = ["10", "3", "4", "5"]
     path = write_rows(photos, "csv", [("in/0.png", 10), ("in/1.png", 3)])
     assert LabelledTable(str(path), names).labels() == [0, 1]  # 10 is out of range as a number: the column holds names
     message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/1.png", 3)])), names))
     assert "labels.csv row 2" in message
     assert LabelledTable(str(write_rows(photos, "jsonl", [("in/1.png", 3)])), names).labels() == [3]  # not text
+    message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/0.png", "missile")])), "imagenet"))
+    assert "the same name" in message
+    path = write_rows(photos, "csv", [("in/0.png", 744), ("in/1.png", 657)])
+    images = LabelledTable(str(path), "imagenet")
+    assert [images.class_names[label] for label in images.labels()] == ["missile", "missile"]
+    assert images.labels() == [744, 657]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,20 +245,17 @@ def test_label_without_a_class_is_an_error_naming_file_and_row(
     path = write_rows(photos, form, rows)
     row = {"parquet": 2, "jsonl": 3}.get(form, 4)
     message = message_of(lambda: LabelledTable(str(path), class_names=names))
-    for part in (f"{path.name} row {row}", *parts):
-        assert part in message
+    assert all(part in message for part in (f"{path.name} row {row}", *parts))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_missing_column_or_image_is_an_error_naming_the_option_to_set(photos: Path, form: str) -> None:
     path = write_rows(photos, form, ROWS, ("image", "thing"))
     message = message_of(lambda: LabelledTable(str(path)))
-    for part in (path.name, "id, image, thing", "label_column"):
-        assert part in message
+    assert all(part in message for part in (path.name, "id, image, thing", "label_column"))
     assert "'x'" in message_of(lambda: LabelledTable(str(path), image_column="x", label_column="thing"))
     message = message_of(lambda: LabelledTable(str(path), label_column="thing", root=str(photos / "in")))
-    for part in (f"{path.name} row", "set root"):
-        assert part in message
+    assert all(part in message for part in (f"{path.name} row", "set root"))
     rows = [ROWS[0], (None if form in ("jsonl", "parquet") else "", "cat")]
     assert "no image" in message_of(lambda: LabelledTable(str(write_rows(photos, form, rows))))
 
@@ -151,15 +280,6 @@ def test_unreadable_images_of_a_table_raise_bad_sample_naming_the_row(photos: Pa
     before = images.stamp()
     paint(photos / "in/99.png")
     assert images.stamp() != before
-
-
-def test_class_name_shared_by_two_classes_cannot_be_a_label(photos: Path) -> None:
-    message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/0.png", "missile")])), "imagenet"))
-    assert "the same name" in message
-    path = write_rows(photos, "csv", [("in/0.png", 744), ("in/1.png", 657)])
-    images = LabelledTable(str(path), "imagenet")
-    assert [images.class_names[label] for label in images.labels()] == ["missile", "missile"]
-    assert images.labels() == [744, 657]
 
 
 def test_stamp_depends_on_the_order_of_files_but_not_on_labels(photos: Path) -> None:
@@ -248,17 +368,13 @@ def test_class_names_come_from_the_metadata_of_datasets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["struct", "bytes"])
-def test_rows_can_be_read_in_any_order(tmp_path: Path, layout: str) -> None:
+def test_rows_can_be_read_in_any_order_and_from_other_columns(tmp_path: Path, layout: str) -> None:
     path = write_parquet(tmp_path / "a.parquet", [encoded(i) for i in range(23)], LABELS, layout)
     images = ParquetClasses(str(path), NAMES)
     for index in (22, 0, 4, 3, 21, 8, 7, 0, 22, 12, 11):  # includes the ends of row groups
         image, label = images[index]
         assert (image.getpixel((0, 0)), label) == (colour(index), LABELS[index])
-
-
-def test_column_names_can_be_set(tmp_path: Path) -> None:
-    table = pa.table({"img": [encoded(3)], "fine_label": [0]})
-    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(pa.table({"img": [encoded(3)], "fine_label": [0]}), path)
     images = ParquetClasses(str(tmp_path), ["apple"], image_column="img", label_column="fine_label")
     assert colours_and_labels(images) == [(colour(3), 0)]
 
