@@ -5,14 +5,16 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
@@ -25,7 +27,6 @@ from lit_clip.training.lightning.strategies import divides_samples
 from lit_clip.training.run_hooks import RunHooks
 from .loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
 from .loading.bad_samples import BadSamples, SkippingDataset
-from .loading.copy_stream import on_copy_stream
 from .loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -46,6 +47,30 @@ from .pairs.source import CaptionOptions, ImageOptions, PairSource
 from .pairs.stored_features import StoredPairs, WithStoredFeatures
 
 EVALUATION_BATCH_SIZE = 64
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def on_copy_stream(move: Callable[[], CaptionBatch], device: torch.device) -> CaptionBatch:
+    """Move a batch on a separate CUDA stream; on other devices, call the transfer directly.
+
+    Lightning fetches a batch just before its step, and the host queues steps ahead of the device. On the stream of the
+    steps the copy would start after the step before it; on its own it starts at once, so no batch has to be fetched
+    earlier and the order of the data is the same. ``move`` does not wait for the device: its tensors are pinned.
+    """
+    if device.type != "cuda":
+        return move()
+    copying, computing = _stream_of(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        batch = move()
+    computing.wait_stream(copying)
+    for value in batch:
+        if isinstance(value, Tensor):
+            value.record_stream(computing)  # its memory is used again only after the step
+    return batch
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -52,7 +52,6 @@ else:
 
 
 def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | list[str] | None]:
-    """Return the data, the weight and the tables of decisions of one part of a mixture."""
     data, weight, keep = part.get("data"), part.get("weight", 1.0), part.get("keep")
     is_source = isinstance(data, str | list | Mapping | PairSource)
     others = isinstance(weight, int | float) and isinstance(keep, str | list | None)

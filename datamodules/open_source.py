@@ -33,7 +33,6 @@ FILES: dict[str, Opener] = {  # by suffix
     ".parquet": parquet.open_parquet_file,
 }
 REMOTE = (*DELIMITED, *JSON_LINES, ".parquet")  # suffixes of tables that are read from a store
-METADATA = (".csv", *JSON_LINES, ".parquet")  # suffixes of the table "metadata" in a Hugging Face "imagefolder"
 SUPPORTED = (
     "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of images "
     "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, one of its hub "
@@ -138,16 +137,11 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     parts = None if exists or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
     if parts is not None:
         return open_hub_data(name, parts, options)
-    require(exists, f"{name[:1000]}: no such file or folder{_instead(path)}")
+    if not exists:
+        instead = similar_file(path) if suffix in FILES else f"; data may be {SUPPORTED}"
+        raise InputError(f"{name[:1000]}: no such file or folder{instead}")
     require(suffix in FILES, f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
-
-
-def _instead(missing: Path) -> str:
-    """Return a hint: a similar file nearby, or the supported formats if the suffix is unknown."""
-    if missing.suffix.lower() not in FILES:
-        return f"; data may be {SUPPORTED}"
-    return similar_file(missing)
 
 
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
@@ -163,13 +157,10 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
 
 def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
     """Return the opener of the first format found in a folder; None for a folder of images and texts."""
-    if stored.is_saved(folder):
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return partial(stored.open_saved, folder)
     with reading(folder, "folder"):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    for file in map(Path, names):
-        if file.stem.lower() == "metadata" and file.suffix.lower() in METADATA:
-            return partial(FILES[file.suffix.lower()], folder / file)
     if any(map(_is_shards, names)):
         return partial(_open_shards, [str(folder)])
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])

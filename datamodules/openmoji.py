@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,10 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.cache_folder import default_cache_dir
-from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.hashing import hash64, stamp_of_files
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
-from .pairs.source import Pair, PairSource, PairText
+from .pairs.source import Pair, PairSource, Row
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on
@@ -154,18 +154,18 @@ class EmojiPairs(PairSource):
     def __len__(self) -> int:
         return len(self.emoji)
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return Pair(_kept(self.paths[index]), *self.text(index, rng))
+    def row(self, index: int) -> Row:
+        return Row(partial(_kept, self.paths[index]), [self.emoji[index].name], self.emoji[index].hexcode)
 
-    def captions(self, index: int) -> list[str]:
-        return [self.emoji[index].name]
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        pair = super().draw(index, rng, decoded)
+        return pair if rng is None else pair._replace(caption=caption(self.emoji[index], rng))
 
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        emoji = self.emoji[index]
-        return PairText(emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
+    def read(self, index: int) -> Row:
+        raise InputError("OpenMoji: its images are not files; use a table, a folder or shards")
 
-    def key(self, index: int) -> str:
-        return self.emoji[index].hexcode
+    def image_identity(self, index: int) -> object:
+        return hash64(_kept(self.paths[index]).tobytes())
 
 
 def caption(emoji: Emoji, rng: random.Random) -> str:

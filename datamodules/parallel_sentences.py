@@ -20,7 +20,7 @@ from lit_clip.weights.load import load_model
 from .caption_datamodule import CaptionDataModule
 from .captions import VALIDATION_SHARE
 from .open_source import open_source
-from .pairs.source import Columns, Pair, PairSource, PairText, Rows
+from .pairs.source import Columns, Derived, Pair, PairSource, Rows
 from .pairs.stored_features import DistinctImageRows, StoredImages, tokenized
 
 NO_IMAGES = "ParallelSentences: sentences have no images"
@@ -50,7 +50,7 @@ def in_our_words() -> Iterator[None]:
         raise InputError(message) from error.__cause__
 
 
-class ParallelPairs(PairSource):
+class ParallelPairs(Derived):
     """Sentences that a text encoder learns; the key of each is the sentence that it translates.
 
     With ``keep_source`` half of the training samples are the latter themselves. A sentence may have several
@@ -58,24 +58,17 @@ class ParallelPairs(PairSource):
     """
 
     def __init__(self, source: PairSource, keep_source: bool) -> None:
-        self.source, self.keep_source = source, keep_source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        raise InputError(f"{NO_IMAGES}; use fit, validate or test, without callbacks.FrozenFeatures")
+        super().__init__([source])
+        self.keep_source = keep_source
 
     def captions(self, index: int) -> list[str]:
         return [*self.source.captions(index), *([self.key(index)] if self.keep_source else [])]
 
-    def key(self, index: int) -> str:
-        return self.source.key(index)
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        require(not decoded, f"{NO_IMAGES}; use fit, validate or test, without callbacks.FrozenFeatures")
         texts, kept = self.source.captions(index), self.keep_source and rng is not None and rng.random() < 0.5
         key = self.key(index)
-        return PairText(key if kept else texts[0] if rng is None else rng.choice(texts), key)
+        return Pair(None, key if kept else texts[0] if rng is None else rng.choice(texts), key)
 
     def image_identity(self, index: int) -> object:
         return hash64(self.key(index))

@@ -24,7 +24,7 @@ from lit_clip.tools.images import Unseen, decoding_at_least, is_rotated, open_im
 from lit_clip.tools.workers import Mapped, loader
 from ..near_duplicates import look_of
 from ..pairs.related_rows import caption_hash, number_of
-from ..pairs.source import EncodedPair, PairSource
+from ..pairs.source import PairSource, Row
 
 WORDS = frozenset(
     (
@@ -143,7 +143,7 @@ def _read(source: PairSource, tokenizer: TextTokenizer, rows: Sequence[int]) -> 
     return ScanFindings(images, captions, problems)
 
 
-def _image(stored: EncodedPair) -> tuple[int, ...]:
+def _image(stored: Row) -> tuple[int, ...]:
     """Return a pair's fields of ``IMAGE`` after the row."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         decoded = open_image(io.BytesIO(stored.image), stored.where)

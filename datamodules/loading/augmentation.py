@@ -148,7 +148,6 @@ class RandomSquareCrop:
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the height and width of the result for an image of the given size."""
         if self._patches is not None:
             return sequence_size(height, width, self._patches)
         if self.size is None:
@@ -177,14 +176,12 @@ class Augmentation:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         require(
-            0 < low <= high <= 1,
-            f"augmentation.crop_scale: {[low, high]} must be ascending, above 0 and at most 1",
+            0 < low <= high <= 1, f"augmentation.crop_scale: {[low, high]} must be ascending, above 0 and at most 1"
         )
         require(self.color_jitter >= 0, f"augmentation.color_jitter: {self.color_jitter} must be at least 0")
         require(0 <= self.grayscale <= 1, f"augmentation.grayscale: {self.grayscale} must be between 0 and 1")
 
     def transforms(self) -> list[Transform]:
-        """Return the transforms in order."""
         steps: list[Transform] = [RandomSquareCrop(self.crop_scale, self.exact)]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))

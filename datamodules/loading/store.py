@@ -46,7 +46,9 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
             for refusal in causes:
                 if isinstance(refusal, InputError):
                     raise InputError(f"{url}: {refusal}") from error
-            if _says_absent(causes):
+            statuses = [status for cause in causes if (status := getattr(cause, "status", None)) is not None]
+            absent = [status in ABSENT for status in statuses] or [isinstance(causes[-1], FileNotFoundError)]
+            if all(absent):
                 raise FileNotFoundError(url) from error
             if attempt == ATTEMPTS - 1:
                 raise InputError(f"{url}: cannot be fetched ({_reason(causes[-1])}); tried {ATTEMPTS} times") from error
@@ -59,11 +61,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _says_absent(causes: list[BaseException]) -> bool:
-    statuses = [status for cause in causes if (status := getattr(cause, "status", None)) is not None]
-    return all(status in ABSENT for status in statuses) if statuses else isinstance(causes[-1], FileNotFoundError)
 
 
 def _reason(error: BaseException) -> str:

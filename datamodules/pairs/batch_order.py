@@ -49,7 +49,6 @@ class BatchOptions:
 
     @property
     def reorder(self) -> bool:
-        """Whether batches differ from the source's order."""
         return self.duplicates == "avoided" or self.hard > 0
 
 

@@ -17,11 +17,11 @@ from lit_clip.tools.images import decoding_at_least
 from ..loading.augmentation import TrainingTransform, seeded
 from ..loading.bad_samples import Skipped, split_skipped
 from ..loading.sampling import TrainingSample, sample_seed
-from .source import PairSource
-from .stored_features import PairSample, StoredImages, StoredTexts
+from .source import Pair, PairSource
+from .stored_features import StoredImages, StoredTexts
 
 
-class TrainingPairs(Dataset[PairSample]):
+class TrainingPairs(Dataset[Pair]):
     """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so workers and ranks do not matter."""
 
     def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
@@ -30,18 +30,18 @@ class TrainingPairs(Dataset[PairSample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: TrainingSample) -> PairSample:
+    def __getitem__(self, sample: TrainingSample) -> Pair:
         seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
         with seeded(seed):
             with decoding_at_least(transform.decode_size):
                 pair = self.source.load(sample.row, random.Random(seed))
             more = [transform(image) for image in pair.more_images]
-            augmented = PairSample(transform(pair.image), *pair[1:])._replace(more_images=more)
+            augmented = pair._replace(image=transform(pair.image), more_images=more)
             images = {name: transform(each) for name, each in pair.extra.items() if isinstance(each, Image.Image)}
             return augmented._replace(extra={**pair.extra, **images}) if images else augmented
 
 
-class ValidationPairs(Dataset[PairSample]):
+class ValidationPairs(Dataset[Pair]):
     """Pairs with the evaluation transform and the first caption."""
 
     def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -50,9 +50,9 @@ class ValidationPairs(Dataset[PairSample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> PairSample:
+    def __getitem__(self, index: int) -> Pair:
         pair = self.source.load(index, None)
-        return PairSample(self.transform(pair.image), *pair[1:])
+        return pair._replace(image=self.transform(pair.image))
 
 
 class Collate:
@@ -70,7 +70,7 @@ class Collate:
         if images and images.stored:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
-    def __call__(self, samples: list[PairSample | Skipped]) -> CaptionBatch:
+    def __call__(self, samples: list[Pair | Skipped]) -> CaptionBatch:
         items, skipped = split_skipped(samples)
         if not items:
             stored = self.texts and self.texts.nothing
@@ -107,14 +107,10 @@ class Collate:
         names = [name for name, value in extras[0].items() if isinstance(value, str)]
         tokens = {name: self._tokenized([extra[name] for extra in extras])[0] for name in names}
         tensors = [{name: value for name, value in extra.items() if name not in names} for extra in extras]
-        return tokens | _stacked(tensors, keys)
-
-
-def _stacked(extras: list[dict[str, Tensor]], keys: list[str]) -> dict[str, Tensor]:
-    kinds = [{name: (value.shape, value.dtype) for name, value in extra.items()} for extra in extras]
-    for kind, key in zip(kinds, keys, strict=True):
-        require(kind == kinds[0], f"{key}: extra has {_told(kind)}, and that of {keys[0]} {_told(kinds[0])}")
-    return {name: torch.stack([extra[name] for extra in extras]) for name in extras[0]}
+        kinds = [{name: (value.shape, value.dtype) for name, value in extra.items()} for extra in tensors]
+        for kind, key in zip(kinds, keys, strict=True):
+            require(kind == kinds[0], f"{key}: extra has {_told(kind)}, and that of {keys[0]} {_told(kinds[0])}")
+        return tokens | {name: torch.stack([extra[name] for extra in tensors]) for name in tensors[0]}
 
 
 def _told(kind: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str:

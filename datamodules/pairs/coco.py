@@ -76,7 +76,6 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any], prob
 
 
 def _is_id(value: Any) -> bool:
-    """Return whether a value is an integer that fits an Arrow table."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 

@@ -38,16 +38,13 @@ class ColumnNames(NamedTuple):
 
     @property
     def images(self) -> list[str]:
-        """Names of the image columns."""
         return [self.image, *self.more_images]
 
     @property
     def captions(self) -> list[str]:
-        """Names of the caption columns."""
         return [self.caption, *self.more_captions]
 
     def names(self) -> list[str]:
-        """Return the column names, each once."""
         names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.title)
         return list(dict.fromkeys(name for name in names if name is not None))
 

@@ -1,10 +1,11 @@
 """Pairs in Arrow columns: no Python object per row, and memory-mapped files stay outside the process's own memory."""
 
 import io
-import random
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,12 @@ from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.hub_client import is_relative
-from lit_clip.tools.images import CHECKED, check_images, image_for_model
+from lit_clip.tools.images import CHECKED, check_images
 from lit_clip.tools.untrusted import shortened
 from ..loading.bad_samples import BLANK, check_caption, is_blank
 from ..loading.store import StoreFolder, is_remote, stamp_of
-from .source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows, compute, thing_names
+from .column_names import ColumnNames
+from .source import NO_CAPTION, Columns, PairSource, Row, SkippedRows, compute, thing_names
 
 CHECKED_IN_STORE = 8  # images that are read before training
 LARGEST_WEIGHT = float(np.finfo(np.float32).max)
@@ -51,17 +53,19 @@ def checked_title(cell: Any, column: str | None, where: str) -> str:
     return check_caption(cell, where)
 
 
-class Cells(NamedTuple):
-    """Cells of a row; ``where`` names the row in messages."""
+def extra_of(weight: float | None, title: str | None) -> dict[str, Any]:
+    """Return the extra values of a row with a weight, a title, both or neither."""
+    extra: dict[str, Any] = {} if weight is None else {"weight": torch.tensor(weight)}
+    return extra if title is None else extra | {"title": title}
 
-    image: Any  # a path, bytes, a function that reads these, or Hugging Face's struct of both
-    caption: Any
-    group: str
-    where: str
-    key: str  # of an image that is not a file of its own
-    negative: Any = None
-    weight: float | None = None
-    title: str | None = None
+
+def checked_extra(columns: Columns | ColumnNames, cell: Callable[[str], Any], where: str) -> dict[str, Any]:
+    """Return the extra values in a row's cells, which ``cell`` returns by name."""
+    weight, title = columns.weight, columns.title
+    return extra_of(
+        None if weight is None else checked_weight(cell(weight), weight, where),
+        None if title is None else checked_title(cell(title), title, where),
+    )
 
 
 class ColumnPairs(PairSource):
@@ -87,7 +91,6 @@ class ColumnPairs(PairSource):
         return self
 
     def shown(self, path: Path | str) -> str:
-        """Return the name of a file for messages."""
         return str(path).replace(self._local, self._address, 1) if self._local else str(path)
 
     @property
@@ -95,8 +98,11 @@ class ColumnPairs(PairSource):
         return self._versions
 
     @abstractmethod
-    def cells(self, index: int) -> Cells:
-        """Return the cells of a usable row."""
+    def cells(self, index: int) -> Row:
+        """Return a usable row as written: the image may also be Hugging Face's struct, and texts any value or list.
+
+        ``key`` is that of an image that is not a file of its own.
+        """
 
     @property
     def left_out(self) -> SkippedRows:
@@ -105,58 +111,32 @@ class ColumnPairs(PairSource):
     def image_names(self) -> pa.ChunkedArray | None:
         return None
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
+    def row(self, index: int) -> Row:
         cells = self.cells(index)
-        source = self._opened(self._located(cells.image, cells)[0], cells.where)
-        return Pair(image_for_model(source, cells.where), *self._text(cells, rng))
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        return self._text(self.cells(index), rng)
-
-    def _text(self, cells: Cells, rng: random.Random | None) -> PairText:
-        captions = _captions(cells)
-        caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
-        negatives = [] if rng is None else _texts(cells.negative, cells.where)
-        negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        extra: dict[str, Any] = {} if cells.weight is None else {"weight": torch.tensor(cells.weight)}
-        extra |= {} if cells.title is None else {"title": cells.title}
-        return PairText(caption, self._located(cells.image, cells)[1], cells.group, negative, extra)
-
-    def image_identity(self, index: int) -> object:
-        cells = self.cells(index)
-        image, _ = self._located(cells.image, cells)
-        return hash64(image.getvalue()) if isinstance(image, io.BytesIO) else file_identity(image, cells.where)
-
-    def read(self, index: int) -> EncodedPair:
-        cells = self.cells(index)
-        image, key = self._located(cells.image, cells)
-        source = self._opened(image, cells.where)
-        try:
-            data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
-        except FileNotFoundError as error:
-            raise BadSample(cells.where, "missing image", f"no such image file: {source}") from error
-        except OSError as error:
-            raise BadSample(cells.where, "broken image", f"cannot read image {source} ({error.strerror})") from error
-        return EncodedPair(data, _captions(cells), key, cells.group, cells.where)
+        image, key = self._located(cells)
+        if isinstance(image, str):
+            image = partial(cast(StoreFolder, self.root).read, image, cells.where)
+        negatives = _texts(cells.negatives, cells.where) if cells.negatives else ()
+        return Row(image, _captions(cells), key, cells.group, cells.where, negatives, cells.extra)
 
     def captions(self, index: int) -> list[str]:
         return _captions(self.cells(index))
 
     def key(self, index: int) -> str:
+        return self._located(self.cells(index))[1]
+
+    def image_identity(self, index: int) -> object:
         cells = self.cells(index)
-        return self._located(cells.image, cells)[1]
+        image, _ = self._located(cells)
+        return file_identity(image, cells.where) if isinstance(image, Path | str) else hash64(image)
 
-    def _opened(self, image: Path | str | io.BytesIO, where: str) -> Path | io.BytesIO:
-        return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
-
-    def _located(self, value: Any, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
-        """Return a row's image and its key; the image is a file, an address in a store, or the content."""
-        if callable(value):
-            value = value()
+    def _located(self, cells: Row) -> tuple[Any, str]:
+        """Return a row's image and its key; the image is a file, an address in a store, the content, or a function."""
+        value = cells.image
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")
-        if isinstance(value, bytes):
-            return io.BytesIO(value), cells.key
+        if isinstance(value, bytes) or callable(value):
+            return value, cells.key
         if not isinstance(value, str) or not value.strip():
             raise BadSample(cells.where, "missing image", "no image; add a path or remove the row")
         key = value.strip()
@@ -171,13 +151,18 @@ class ColumnPairs(PairSource):
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
         sample = [self.cells(index) for index in range(0, len(self), max(1, len(self) // checked))]
-        named = [cells for cells in sample if not isinstance(cells.image, bytes | dict)]
-        files = [(self._located(cells.image, cells)[0], cells.where) for cells in named]
-        for path, where in files:
-            if isinstance(path, Path) and not path.exists():
+        files: list[tuple[Any, str]] = []
+        for cells in sample:
+            if isinstance(cells.image, bytes | dict):
+                continue
+            image, _ = self._located(cells)
+            if isinstance(image, str):
+                image = io.BytesIO(cast(StoreFolder, self.root).read(image, cells.where))
+            elif not image.exists():
                 hint = "a path starts at the table's folder, or at columns.root"
-                raise BadSample(where, "missing image", f"no such image file: {path}; {hint}")
-        check_images([(self._opened(source, where), where) for source, where in files])
+                raise BadSample(cells.where, "missing image", f"no such image file: {image}; {hint}")
+            files.append((image, cells.where))
+        check_images(files)
 
 
 def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
@@ -190,15 +175,14 @@ def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
     return name, stamp.size, stamp.version
 
 
-def _captions(cells: Cells) -> list[str]:
-    captions = _texts(cells.caption, cells.where)
+def _captions(cells: Row) -> list[str]:
+    captions = _texts(cells.captions, cells.where)
     if not captions:
         raise BadSample(cells.where, NO_CAPTION, "no caption; write one or remove it")
     return captions
 
 
 def _texts(cell: Any, where: str) -> list[str]:
-    """Return the non-blank texts of a cell."""
     texts = [_decoded(value, where) for value in (cell if isinstance(cell, list) else [cell])]
     return [check_caption(text, where) for text in texts if not is_blank(text)]
 
@@ -234,7 +218,7 @@ class TablePairs(ColumnPairs):
         super().__init__(path, root)
         self._table, self.label, self._mapped = table, label, mapped
         self._left_out = left_out or SkippedRows()
-        self._latest: tuple[int, Cells] | None = None  # row and cells: one row is often asked for several things
+        self._latest: tuple[int, Row] | None = None  # number and row: one row is often asked for several things
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out a mapped table: the receiving process maps it again."""
@@ -258,13 +242,13 @@ class TablePairs(ColumnPairs):
         numbers = self._table["number"].cast(pa.string())
         return numbers if compute.count_distinct(numbers).as_py() < len(numbers) else None
 
-    def cells(self, index: int) -> Cells:
+    def cells(self, index: int) -> Row:
         if (latest := self._latest) is not None and latest[0] == index:
             return latest[1]
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.shown(self.path)} {self.label} {row['number']}"
-        more = (row.get(name) for name in ("negative", "weight", "title"))
-        cells = Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
+        extra = extra_of(row.get("weight"), row.get("title"))
+        cells = Row(row["image"], row["caption"], "", row.get("group") or "", where, row.get("negative") or (), extra)
         self._latest = index, cells
         return cells
 

@@ -1,10 +1,7 @@
 """Base class for your own source of pairs."""
 
-import io
-import random
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.images import FIX_HINT, image_for_model
-from lit_clip.tools.levels import eight_bits, keep_levels
+from lit_clip.errors import InputError, require
 from ..loading.bad_samples import check_caption
-from .source import EncodedPair, Pair, PairSource, PairText
+from .source import PairSource, Row, opening_files
 
 
 class CustomPairs(PairSource):
@@ -64,34 +59,13 @@ class CustomPairs(PairSource):
         """Return the name of a row for messages."""
         return f"{type(self).__name__} row {index}"
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        where, text = self.where(index), self.text(index, rng)
-        with _opening_files(where):
-            return Pair(keep_levels(self._image(self.image(index), where), where), *text)
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
+    def row(self, index: int) -> Row:
         where = self.where(index)
-        with _opening_files(where):
-            texts, extra = self._texts(index, where), self._extra(index, where)
-        caption = texts[0] if rng is None else rng.choice(texts)
-        negatives = self.negatives(index) if rng else []
-        negative = rng.choice(negatives) if rng and negatives else ""
-        return PairText(caption, self.key(index), self.group(index), negative, extra)
-
-    def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored; a PIL image is stored as PNG."""
-        where = self.where(index)
-        with _opening_files(where):
-            texts, content = self._texts(index, where), self.image(index)
-            if isinstance(content, str | Path):
-                content = Path(content).read_bytes()
-            elif not isinstance(content, bytes):
-                file = io.BytesIO()
-                image = self._image(content, where)
-                plain = image.mode == "I;16" and not hasattr(image, "tag_v2")  # a PNG holds it as it is
-                (image if plain else eight_bits(image, where)).save(file, "PNG")
-                content = file.getvalue()
-        return EncodedPair(content, texts, self.key(index), self.group(index), where)
+        with opening_files(where):
+            captions, negatives, extra = self._texts(index, where), self.negatives(index), self._extra(index, where)
+            return Row(
+                partial(self.image, index), captions, self.key(index), self.group(index), where, negatives, extra
+            )
 
     def check(self) -> None:
         """Load the first row, so that a source that breaks the contract fails before the run starts."""
@@ -114,22 +88,3 @@ class CustomPairs(PairSource):
             return {name: each if isinstance(each, Tensor) else number(each) for name, each in extra.items()}
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: extra() must have numbers or tensors ({error})") from error
-
-    def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:
-        if isinstance(image, str | Path | bytes):
-            return image_for_model(io.BytesIO(image) if isinstance(image, bytes) else Path(image), where)
-        kind = type(image).__name__
-        require(isinstance(image, Image.Image), f"{where}: image() returned a {kind}, not a PIL image, path or bytes")
-        image.load()  # Pillow opens files lazily
-        return image
-
-
-@contextmanager
-def _opening_files(where: str) -> Iterator[None]:
-    """Turn an ``OSError`` of a row's method into a bad sample."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise BadSample(where, "missing image", f"no such file: {error.filename}") from error
-    except OSError as error:
-        raise BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}") from error

@@ -12,11 +12,11 @@ These columns decide; all others say why, and the order of the lines makes no di
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,14 +32,16 @@ from .text_table import raw_rows, shown
 
 KEEP, DROP = "keep", "drop"
 FINDINGS, ALL_PAIRS = "findings in", "every pair of"  # a pair that is not listed is kept; is dropped
+TEXTS = ("decision", "data", "captions")
 NEEDED, OPTIONAL = ("row", "pair", "decision", "data"), ("captions", "copy_of_row")
-NUMBERS = ("row", "pair", "copy_of_row")
+BLANK, WRONG = -(2**63), 1 - 2**63  # in place of a number
 WHOLE_ROW = "all"  # captions of the row that a line decides on
 LABEL = re.compile(rf"({FINDINGS}|{ALL_PAIRS}) (\d{{1,15}}) rows(?:, version [0-9a-f]{{16}})?")
 OF_CAPTIONS = re.compile(r"1 of (\d{1,9})")
 NUMBER = re.compile(r"(-?\d{1,19})(?:\.0*)?")
 PAIR = re.compile(r"p([0-9a-f]{16})")
 MAKE_AGAIN = "write the table again"
+NO_NUMBER = f"{{}} is {{{{}}}}, no whole number or hash; {MAKE_AGAIN}"
 TABLE_OF = "give a table of lit-clip inspect, overlap or score"
 LINE = np.dtype([("row", "i8"), ("pair", "i8"), ("known", "?"), ("drop", "?"), ("captions", "i8"), ("copy_of", "i8")])
 SCORED_LINE = np.dtype([("row", "i8"), ("pair", "i8"), ("drop", "?")])  # of a table of all pairs
@@ -63,7 +65,6 @@ class Copies(NamedTuple):
     first: np.ndarray
 
     def first_of(self, rows: np.ndarray) -> np.ndarray:
-        """Replace copies by the first row with the same image."""
         place = np.searchsorted(self.rows, rows).clip(max=max(0, len(self.rows) - 1))
         return np.where(self.rows[place] == rows, self.first[place], rows) if len(self.rows) else rows
 
@@ -85,24 +86,20 @@ class Decisions:
 
     @property
     def keeps_listed(self) -> bool:
-        """Whether the listed pairs are kept."""
         return self.label.startswith(ALL_PAIRS)
 
     @property
     def size(self) -> int:
-        """Number of rows of the source."""
         return _size_of(self.label)
 
     @cached_property
     def kept_rows(self) -> np.ndarray:
-        """Rows with a kept pair, ascending."""
         if not self.keeps_listed:
             return np.delete(np.arange(self.size, dtype=self.rows.dtype), self.without)
         first = np.diff(self.rows, prepend=-1) != 0
         return self.rows if first.all() else self.rows[first]
 
     def of_row(self, row: int) -> np.ndarray:
-        """Return the hashes of a row's listed pairs."""
         start, stop = np.searchsorted(self.rows, np.array([row, row + 1], dtype=self.rows.dtype))
         return self.pairs[start:stop]
 
@@ -202,17 +199,18 @@ class _Lines(NamedTuple):
     numbers: Sequence[int]  # of the lines, for messages
     columns: dict[str, pa.Array]
 
-    def _check(self, wrong: np.ndarray, problem: str, values: Sequence[Any] | np.ndarray = ()) -> None:
+    def _check(self, wrong: np.ndarray, problem: str, values: pa.Array | np.ndarray | None = None) -> None:
         """Raise :class:`InputError` for the first wrong line; its value replaces the braces in ``problem``."""
         if wrong.any():
             place = int(wrong.argmax())
-            value = shown(values[place]) if len(values) else ""
-            raise InputError(f"{self.path} row {self.numbers[place]}: {problem.replace('{}', value)}")
+            value = values[place] if values is not None else None
+            told = "" if value is None else shown(value.as_py() if isinstance(value, pa.Scalar) else value.item())
+            raise InputError(f"{self.path} row {self.numbers[place]}: {problem.replace('{}', told)}")
 
     def label(self) -> str:
         label = str(self.columns["data"][0].as_py()).strip()
         wrong = np.array([LABEL.fullmatch(label) is None])
-        self._check(wrong, f"data is {{}}, which no command writes; {MAKE_AGAIN}", [label])
+        self._check(wrong, f"data is {{}}, which no command writes; {MAKE_AGAIN}", np.array([label]))
         return label
 
     def read(self, label: str) -> np.ndarray:
@@ -221,21 +219,22 @@ class _Lines(NamedTuple):
         Of a line on a whole row ``captions`` is 0; a ``copy_of`` that is blank is -1.
         """
         other = f"data is not {label!r} as in the lines before; keep one table for each data set"
-        self._check(self._meant("data", {label: 1}) < 0, other)
-        drop = self._meant("decision", {KEEP: 0, DROP: 1})
-        self._check(drop < 0, f"decision is {{}}; write {KEEP} or {DROP}", self.columns["decision"].to_pylist())
-        row, has_row = self._numbers("row", _size_of(label))
-        pair, known = self._numbers("pair")
+        self._meant("data", lambda word: 0 if word == label else WRONG, other)
+        wanted, decided = {KEEP: 0, DROP: 1}, f"decision is {{}}; write {KEEP} or {DROP}"
+        drop = self._meant("decision", lambda word: wanted.get(word.lower(), WRONG), decided)
+        row, pair = self._rows("row", label), self._meant("pair", _number, NO_NUMBER.format("pair"))
+        has_row, known = row != BLANK, pair != BLANK
         found = np.zeros(len(drop), LINE if label.startswith(FINDINGS) else SCORED_LINE)
-        found["row"], found["pair"], found["drop"] = row, pair, drop
+        found["row"], found["pair"], found["drop"] = row, np.where(known, pair, 0), drop
         if label.startswith(ALL_PAIRS):
             self._check(~has_row, "row is empty; write its number again")
             self._check(~known & ~found["drop"], "has no score, so it cannot be kept; score the data again")
             return found
-        found["known"], found["captions"], found["copy_of"] = known, self._captions(), -1
+        require("captions" in self.columns, f"{self.path}: no column 'captions'; {MAKE_AGAIN}")
+        of_all = f"captions is {{}}; write {WHOLE_ROW}, or such as 1 of 5"
+        found["known"], found["captions"], found["copy_of"] = known, self._meant("captions", _captions, of_all), -1
         if "copy_of_row" in self.columns:
-            copy_of, is_copy = self._numbers("copy_of_row", _size_of(label))
-            found["copy_of"][is_copy] = copy_of[is_copy]
+            found["copy_of"] = np.maximum(self._rows("copy_of_row", label), -1)
         self._check(~has_row & known, "row is empty; write its number again")
         left_out = "was left out when the data were opened, and cannot be kept; mend the data"
         self._check(~has_row & ~found["drop"], left_out)
@@ -243,50 +242,38 @@ class _Lines(NamedTuple):
         self._check(has_row & ~known & (found["captions"] > 0), unnamed)
         return found[has_row]
 
-    def _meant(self, name: str, meanings: dict[str, int]) -> np.ndarray:
-        """Return the meaning of each text in a column, ignoring letter case; -1 for none: int64 ``[N]``."""
-        column = self.columns[name].dictionary_encode()
-        words = [meanings.get(str(word).strip().lower(), -1) for word in column.dictionary.to_pylist()]
-        return np.array([*words, -1])[column.indices.fill_null(len(words)).to_numpy()]
-
-    def _captions(self) -> np.ndarray:
-        """Return the row's number of captions for each line, 0 for a line on the whole row: int64 ``[N]``."""
-        require("captions" in self.columns, f"{self.path}: no column 'captions'; {MAKE_AGAIN}")
-        words = [str(word).strip() for word in self.columns["captions"].unique().to_pylist()]
-        matches = {word: OF_CAPTIONS.fullmatch(word) for word in words}
-        counts = {word: int(match[1]) or -1 for word, match in matches.items() if match}
-        found = self._meant("captions", counts | {WHOLE_ROW: 0})
-        values = self.columns["captions"].to_pylist() if (found < 0).any() else ()
-        self._check(found < 0, f"captions is {{}}; write {WHOLE_ROW}, or such as 1 of 5", values)
-        return found
-
-    def _numbers(self, name: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return a column's numbers, 0 for a blank cell, and a mask of filled cells; rows are below ``size``."""
+    def _meant(self, name: str, meaning: Callable[[str], int], problem: str) -> np.ndarray:
+        """Return the meaning of each cell of a column, int64 ``[N]``; raise for a cell that means ``WRONG``."""
         column = self.columns[name]
         if column.type == pa.int64():
-            numbers, filled = column.fill_null(0).to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
-        else:
-            values = column.to_pylist()
-            found = [_number(value) for value in values]
-            wrong = np.array([number is None for number in found])
-            self._check(wrong, f"{name} is {{}}, no whole number or hash; {MAKE_AGAIN}", values)
-            filled = np.array([number != "" for number in found])
-            numbers = np.array([number or 0 for number in found], np.int64)
-        if size is not None:
-            outside = f"{name} is {{}}, and the data have rows 0 to {size - 1}; {MAKE_AGAIN}"
-            self._check(filled & ((numbers < 0) | (numbers >= size)), outside, numbers.tolist())
-        return numbers, filled
+            return column.fill_null(BLANK).to_numpy()
+        texts = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        words = [meaning(str(word).strip()) for word in texts.dictionary.to_pylist()]
+        found = np.array([*words, meaning("")], np.int64)[texts.indices.fill_null(len(words)).to_numpy()]
+        self._check(found == WRONG, problem, column)
+        return found
+
+    def _rows(self, name: str, label: str) -> np.ndarray:
+        found, size = self._meant(name, _number, NO_NUMBER.format(name)), _size_of(label)
+        outside = f"{name} is {{}}, and the data have rows 0 to {size - 1}; {MAKE_AGAIN}"
+        self._check((found != BLANK) & ((found < 0) | (found >= size)), outside, found)
+        return found
 
 
-def _number(value: Any) -> int | Literal[""] | None:
-    """Return the whole number or hash in a cell; empty text for a blank cell, None for anything else."""
-    text = "" if value is None or value != value else str(value).strip()
-    if hexadecimal := PAIR.fullmatch(text):
+def _captions(word: str) -> int:
+    """Return the row's number of captions; 0 for a line on the whole row."""
+    match = OF_CAPTIONS.fullmatch(word)
+    return 0 if word.lower() == WHOLE_ROW else (int(match[1]) or WRONG) if match else WRONG
+
+
+def _number(word: str) -> int:
+    """Return a whole number or hash."""
+    if hexadecimal := PAIR.fullmatch(word):
         return (int(hexadecimal[1], 16) + 2**63) % 2**64 - 2**63
-    decimal = NUMBER.fullmatch(text)
+    decimal = NUMBER.fullmatch(word)
     if decimal and -(2**63) <= int(decimal[1]) < 2**63:
         return int(decimal[1])
-    return "" if not text else None
+    return BLANK if word in ("", "nan") else WRONG
 
 
 def _columns_of(path: Path, found: list[str]) -> list[str]:
@@ -324,13 +311,14 @@ def _parquet_lines(path: Path) -> _Lines:
     with reading(path, "table of decisions"):
         found = pq.read_schema(path).names
         names = _columns_of(path, found)
-        texts = [name for name in names if name not in NUMBERS]
         scores = {"score"} & set(found)
-        table = pq.ParquetFile(path, read_dictionary=texts).read([*names, *scores], use_threads=False)
+        table = pq.ParquetFile(path, read_dictionary=[name for name in TEXTS if name in names]).read(
+            [*names, *scores], use_threads=False
+        )
         table.validate(full=True)
         if scores:
             check_scores(path, table["score"].combine_chunks(), 0)
-        return _Lines(path, range(len(table)), {name: _plain(table[name].combine_chunks(), name) for name in names})
+        return _Lines(path, range(len(table)), {name: _plain(table[name].combine_chunks()) for name in names})
 
 
 def check_scores(path: Path, scores: pa.Array, first: int) -> None:
@@ -343,12 +331,13 @@ def check_scores(path: Path, scores: pa.Array, first: int) -> None:
         raise InputError(f"{path}: the score of row {row} is {score}; write it with lit-clip score")
 
 
-def _plain(column: pa.Array, name: str) -> pa.Array:
-    """Return a column as int64 or float if it holds numbers, otherwise as text."""
-    if pa.types.is_dictionary(column.type) and name not in NUMBERS:
-        return column
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if name in NUMBERS and pa.types.is_integer(column.type):
-        return column.cast(pa.int64())
-    return column if name in NUMBERS and pa.types.is_floating(column.type) else column.cast(pa.string())
+def _plain(column: pa.Array) -> pa.Array:
+    """Return a column of whole numbers as int64, and any other as text."""
+    kind = column.type
+    if pa.types.is_dictionary(kind) and not pa.types.is_string(kind.value_type):
+        return _plain(column.dictionary_decode())
+    return (
+        column
+        if pa.types.is_dictionary(kind)
+        else column.cast(pa.int64() if pa.types.is_integer(kind) else pa.string())
+    )

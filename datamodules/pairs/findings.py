@@ -45,7 +45,6 @@ class Finding:
 
     @classmethod
     def of_pair(cls, row: int, key: str, caption: str, captions: int) -> "Finding":
-        """Return a line on one distinct caption of a row."""
         text = " ".join(caption.split())
         text = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}..."
         pair = pair_text(pair_hash(key, caption))
@@ -93,16 +92,12 @@ def write_findings(
             writer.writerow(map(no_formula, (*asdict(line).values(), label)))
             counts.update((finding, line.decision) for finding in line.finding.split("; "))
         file.flush()
-        _keep_earlier(path, draft)
+        if path.exists() and not filecmp.cmp(path, draft, shallow=False):
+            names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            shutil.copy2(path, kept)
+            stderr().print(f"{path}: the table that was there differs; it is now {kept}")
     return counts, _command(path, source, options)
-
-
-def _keep_earlier(path: Path, draft: Path) -> None:
-    if path.exists() and not filecmp.cmp(path, draft, shallow=False):
-        names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        shutil.copy2(path, kept)
-        stderr().print(f"{path}: the table that was there differs; it is now {kept}")
 
 
 def _command(path: Path, source: PairSource, options: DataOptions) -> str:

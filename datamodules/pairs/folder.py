@@ -13,8 +13,8 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.images import SUFFIXES, image_names
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import as_unicode, is_unicode
-from .columns import Cells, ColumnPairs
-from .source import DELIMITED, JSON_LINES, NO_CAPTION, SourceOptions
+from .columns import ColumnPairs
+from .source import DELIMITED, JSON_LINES, NO_CAPTION, Row, SourceOptions
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes
@@ -99,7 +99,7 @@ class FolderPairs(ColumnPairs):
     def image_names(self) -> pa.ChunkedArray | None:
         return self._names
 
-    def cells(self, index: int) -> Cells:
+    def cells(self, index: int) -> Row:
         name = self._names[index].as_py()
         file = (self.root / name).with_suffix(".txt")
         where = f"{self.path}: {name}"
@@ -110,7 +110,7 @@ class FolderPairs(ColumnPairs):
             raise BadSample(where, "not UTF-8", detail) from error
         except OSError as error:
             raise BadSample(where, NO_CAPTION, f"cannot read {file.name} ({error.strerror or error})") from error
-        return Cells(name, [line.strip() for line in lines], "", where, "")
+        return Row(name, [line.strip() for line in lines], "", "", where)
 
 
 def _text_of(file: Path) -> bytes:
@@ -170,6 +170,6 @@ class ClassPairs(ColumnPairs):
     def image_names(self) -> pa.ChunkedArray | None:
         return self._names
 
-    def cells(self, index: int) -> Cells:
+    def cells(self, index: int) -> Row:
         name, label = self._names[index].as_py(), int(np.searchsorted(self._stops, index, side="right"))
-        return Cells(name, self.texts[label], self.classes[label], f"{self.path}: {name}", "")
+        return Row(name, self.texts[label], "", self.classes[label], f"{self.path}: {name}")

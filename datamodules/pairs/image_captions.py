@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, InputError, require
 from ..loading.sampling import permutation
-from .mixture import Mixture
-from .source import Pair, PairSource, PairText, PerImage, PerThing, Rows, arrow_image_names, numbered
+from .mixture import Mixture, in_each_part
+from .source import Pair, PairSource, PerImage, PerThing, Row, Rows, arrow_image_names, numbered
 
 MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
@@ -59,27 +59,32 @@ def _no_things(option: str, name: object) -> str:
 
 def images_together(source: PairSource) -> PairSource:
     """Return a source with one row per thing, with all its images; a mixture's parts are treated separately."""
-    if isinstance(source, Mixture):
-        return Mixture([images_together(part) for part in source.sources], source.weights)
-    names = source.things()
-    if names is None:
-        raise InputError(_no_things("together", getattr(source, "path", type(source).__name__)))
-    return ImagesTogether(source, numbered(names))
+
+    def together(part: PairSource) -> PairSource:
+        names = part.things()
+        if names is None:
+            raise InputError(_no_things("together", getattr(part, "path", type(part).__name__)))
+        return ImagesTogether(part, numbered(names))
+
+    return in_each_part(source, together)
 
 
 def two_images_each(source: PairSource) -> PairSource:
     """Return a source with two images of each thing per epoch; a mixture's parts are treated separately."""
-    if isinstance(source, Mixture):
-        return Mixture([two_images_each(part) for part in source.sources], source.weights)
-    names = source.things()
-    return TwoOfEach(source, np.arange(len(source)) if names is None else numbered(names))
+
+    def two(part: PairSource) -> PairSource:
+        names = part.things()
+        return TwoOfEach(part, np.arange(len(part)) if names is None else numbered(names))
+
+    return in_each_part(source, two)
 
 
 def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.ChunkedArray | None]) -> PairSource:
-    if isinstance(source, Mixture):
-        return Mixture([_one_of_each(part, names_of) for part in source.sources], source.weights)
-    names = names_of(source)
-    return source if names is None else OneOfEach(source, numbered(names))
+    def one(part: PairSource) -> PairSource:
+        names = names_of(part)
+        return part if names is None else OneOfEach(part, numbered(names))
+
+    return in_each_part(source, one)
 
 
 def image_numbers(source: PairSource) -> np.ndarray | None:
@@ -133,9 +138,9 @@ class OneOfEach(Rows):
 class TwoOfEach(OneOfEach):
     """One row of each thing in an epoch, with a second image of the thing, or the same image if it has only one."""
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        pair = super().load(index, rng)
-        if rng is None:
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        pair = super().draw(index, rng, decoded)
+        if rng is None or not decoded:
             return pair
         thing = self._images[index]
         rows = self._by_image[self._first[thing] :][: self._counts[thing]].tolist()
@@ -161,9 +166,7 @@ def captions_together(source: PairSource) -> PairSource:
 
 def joined(source: PairSource) -> PairSource:
     """Return the images of a source with all their captions; a mixture's parts are treated separately."""
-    if isinstance(source, Mixture):
-        return Mixture([joined(part) for part in source.sources], source.weights)
-    return Together(source)
+    return in_each_part(source, Together)
 
 
 def captions_per_image(source: PairSource) -> float:
@@ -191,23 +194,22 @@ class Together(Rows):
     def _rows_of(self, index: int) -> list[int]:
         return self._by_image[self._stops[index - 1] if index else 0 : self._stops[index]].tolist()
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return Pair(super().load(index, None).image, *self.text(index, rng))
+    def row(self, index: int) -> Row:
+        rows = [self.source.row(row) for row in self._rows_of(index)]
+        return rows[0]._replace(captions=list(dict.fromkeys(each for row in rows for each in row.captions)))
 
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return the first caption, with the other captions as ``more``."""
-        found: dict[str, PairText] = {}
-        for row in self._rows_of(index):
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        """Return the image with its first caption, and the other captions as ``more``."""
+        rows, found = self._rows_of(index), dict[str, Pair]()
+        image = self.source.load(rows[0], None).image if decoded else None
+        for row in rows:
             text = self.source.text(row, rng)
             for caption in self.source.captions(row):
                 if caption not in found:
                     found[caption] = text._replace(caption=caption)
                     text = text._replace(negative="")
         first, *others = found.values()
-        return first._replace(more=others)
-
-    def captions(self, index: int) -> list[str]:
-        return list(dict.fromkeys(caption for row in self._rows_of(index) for caption in self.source.captions(row)))
+        return first._replace(image=image, more=others)
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """Return the images in the source's order; if rows share images, in a shuffled order."""
@@ -231,17 +233,14 @@ class ImagesTogether(Together):
     def captions_per_image(self) -> float:
         return 1.0
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
         """Load each image of a thing once, with a caption from any row; without ``rng``, only the first image."""
         rows = self._rows_of(index)
-        if rng is None:
-            return self.source.load(rows[0], None)
+        if rng is None or not decoded:
+            return self.source.draw(rows[0], rng, decoded)
         drawn = rng.choice(rows)
         row_of = {self.source.key(row): row for row in [*rows, drawn]}  # an image may have a row for each caption
         chosen = self.source.load(drawn, rng)
         return chosen._replace(
             more_images=[self.source.load(row, rng).image for row in row_of.values() if row != drawn]
         )
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        return self.source.text(self._rows_of(index)[0], rng)

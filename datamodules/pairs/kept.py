@@ -14,7 +14,7 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import naming
 from .decisions import ALL_PAIRS, FINDINGS, KEEP, MAKE_AGAIN, Decisions, joined, label_of, read_decisions
 from .mixture import Concatenated
-from .source import EncodedPair, Found, PairSource, Rows
+from .source import Pair, PairSource, Row, Rows, one_of
 
 CHECKED = 100  # pairs that are compared with the source before it is used
 SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one or two are fetched
@@ -72,7 +72,6 @@ class FilteredPairs(Rows):
 
     @cached_property
     def digest(self) -> str:
-        """A hash that changes with the kept pairs."""
         found = self.decisions
         arrays = (self.rows, found.rows, found.pairs, *found.copies)
         return hex_digest([found.keeps_listed, *(array.tobytes() for array in arrays)])
@@ -88,16 +87,22 @@ class FilteredPairs(Rows):
         require(same, f"{self.name}: decided on row {row} with other captions than {key} has now; {MAKE_AGAIN}")
         return kept
 
-    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        """Draw again if the source drew a dropped caption; all kept captions stay equally likely."""
-        listed, caption = self.decisions.of_row(int(self.rows[index])), found.caption
-        if pair_hash(found.key, caption) not in listed if self.decisions.keeps_listed else len(listed):
-            captions = self.captions(index)
-            if caption not in captions:
-                caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
-        return found._replace(caption=caption, key=self._shared(index, found.key))
+    def row(self, index: int) -> Row:
+        found = self.source.row(int(self.rows[index]))
+        captions = self._kept(index, found.key, found.captions)
+        return found._replace(captions=captions, key=self.renamed(index, found.key))
 
-    def _shared(self, index: int, key: str) -> str:
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        """Draw again if the source drew a dropped caption; all kept captions stay equally likely."""
+        row = int(self.rows[index])
+        pair, listed = self.source.draw(row, rng, decoded), self.decisions.of_row(row)
+        if pair_hash(pair.key, pair.caption) not in listed if self.decisions.keeps_listed else len(listed):
+            captions = self.captions(index)
+            if pair.caption not in captions:
+                pair = pair._replace(caption=captions[0] if rng is None else one_of(captions, rng))
+        return pair._replace(key=self.renamed(index, pair.key))
+
+    def renamed(self, index: int, key: str) -> str:
         """Return the key of the first row with the same image."""
         row = int(self.rows[index])
         first = int(self.decisions.copies.first_of(self.rows[index : index + 1])[0])
@@ -121,16 +126,6 @@ class FilteredPairs(Rows):
                 require(same, f"{self.name}: {changed}")
         except BadSample as error:  # it could be read when it was decided on
             raise InputError(f"{self.name}: is of other data: {error}") from error
-
-    def read(self, index: int) -> EncodedPair:
-        pair = super().read(index)
-        return pair._replace(captions=self._kept(index, pair.key, pair.captions), key=self._shared(index, pair.key))
-
-    def key(self, index: int) -> str:
-        return self._shared(index, super().key(index))
-
-    def captions(self, index: int) -> list[str]:
-        return self._kept(index, super().key(index), super().captions(index))
 
     def check(self) -> None:
         """Load the first pair: the command that wrote the table has read all, but perhaps from another root."""

@@ -1,15 +1,14 @@
 """Several sources of pairs as one: concatenated, or mixed in given proportions."""
 
-import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
 
 from lit_clip.errors import InputError, require
-from .source import IMAGES_OF, Derived, EncodedPair, Found, PairSource, arrow_image_names, compute
+from .source import IMAGES_OF, Derived, Found, PairSource, arrow_image_names, compute
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
@@ -62,24 +61,13 @@ class Concatenated(Derived):
     def _number(self, index: int) -> int:
         return bisect_right(self.stops, index)
 
-    def _key(self, index: int, key: str) -> str:
+    def renamed(self, index: int, key: str) -> str:
         return f"{self._number(index)}:{key}" if self.distinct_keys else key
 
-    def _group(self, number: int, group: str) -> str:
-        own = self.distinct_groups or (self.distinct_keys and group.startswith(IMAGES_OF))
-        return f"{number}:{group}" if own and group else group
-
-    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        more = found.more and [self.changed(index, each, rng) for each in found.more]
-        group = self._group(self._number(index), found.group)
-        return found._replace(key=self._key(index, found.key), group=group, more=more)
-
-    def read(self, index: int) -> EncodedPair:
-        pair = super().read(index)
-        return pair._replace(key=self._key(index, pair.key), group=self._group(self._number(index), pair.group))
-
-    def key(self, index: int) -> str:
-        return self._key(index, super().key(index))
+    def changed(self, index: int, found: Found) -> Found:
+        own = self.distinct_groups or (self.distinct_keys and found.group.startswith(IMAGES_OF))
+        group = f"{self._number(index)}:{found.group}" if own and found.group else found.group
+        return found._replace(key=self.renamed(index, found.key), group=group)
 
     def image_names(self) -> pa.ChunkedArray:
         """Return the names of all images, in order: an image in two sources is held out of both."""
@@ -155,3 +143,10 @@ class Mixture(Concatenated):
         """Divide each source into a mixture for training and held-out pairs, each once, for validation."""
         train, held_out = zip(*(source.divide(share, seed, groups) for source in self.sources), strict=True)
         return Mixture(train, self.weights), Concatenated(held_out, distinct_keys=True)
+
+
+def in_each_part(source: PairSource, change: Callable[[PairSource], PairSource]) -> PairSource:
+    """Change a source, or each part of a mixture."""
+    if isinstance(source, Mixture):
+        return Mixture([in_each_part(part, change) for part in source.sources], source.weights)
+    return change(source)

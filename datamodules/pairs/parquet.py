@@ -169,7 +169,7 @@ class ParquetPairs(ColumnarPairs):
                 writer.write_batch(batch)
 
     def key(self, index: int) -> str:
-        where, number, _ = self._where(self.row(index))
+        where, number, _ = self._where(self.number(index))
         single = self.encoded and self._image_stops is None
         if single and self.opened(("bytes", number), lambda: self._has_no_paths(number)):
             return self._place(where)

@@ -31,7 +31,6 @@ class Shared(NamedTuple):
     names: np.ndarray
 
     def of(self, row: int) -> list[int]:
-        """Return the names of a row."""
         return self.names[self.starts[row] : self.starts[row + 1]].tolist()
 
 
@@ -116,7 +115,6 @@ class Neighbours(NamedTuple):
 
     @classmethod
     def of(cls, items: np.ndarray, nearest: np.ndarray) -> "Neighbours":
-        """Make neighbours from the first two fields."""
         counts = np.bincount(items[items >= 0], minlength=len(nearest))
         rows = np.argsort(items, kind="stable")[np.count_nonzero(items < 0) :].astype(np.int32)
         return cls(items, nearest, np.concatenate([[0], np.cumsum(counts)]), rows)

@@ -69,7 +69,6 @@ def open_remote_table(
     return source.copied_from(url, version, str(path))
 
 
-CONVERTED = "refs/convert/parquet"  # where the hub puts its conversion of other formats
 DOWNLOADS = 4  # files at once
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<configuration>[\w.+ -]+))?")
@@ -106,7 +105,10 @@ def parse_hub_name(name: str) -> HubName | None:
 def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSource:
     """Download and open one split of a data set; ``options.versions`` may fix the commit of this name."""
     with naming(name):
-        commit, files = _list_files(name, parts, options.versions.get(name))
+        known = options.versions.get(name)
+        revision = checked_commit(known) if known else checked_relative(parts.revision or "main")
+        commit, files = _list_files(name, parts.repository, revision)
+    require(bool(files), f"{name}: has no parquet files on the hub; download it and give its table, folder or shards")
     files = _files_of_split(name, parts, files, options)
     paths = _download(name, parts.repository, commit, files)
     snapshot = str(paths[0]).removesuffix(files[0]).rstrip("/")
@@ -119,17 +121,7 @@ def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSour
     return source.copied_from(name, commit, snapshot)
 
 
-def _list_files(name: str, parts: HubName, commit: str | None) -> Listing:
-    wanted = commit and checked_commit(commit)  # of a checkpoint
-    wanted = wanted or (parts.revision and checked_relative(parts.revision))
-    for revision in [wanted] if wanted else ["main", CONVERTED]:
-        listing = _list_revision(name, parts.repository, revision)
-        if listing is not None and listing.files:
-            return listing
-    raise InputError(f"{name}: has no parquet files on the hub; download it and give its table, folder or shards")
-
-
-def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
+def _list_files(name: str, repository: str, revision: str) -> Listing:
     """Return the files at a revision; without a network, the files of the last listing."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -141,15 +133,13 @@ def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
         info = HfApi().dataset_info(repository, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename.endswith(".parquet")]
     except RevisionNotFoundError as error:
-        if revision == CONVERTED:
-            return None
         raise InputError(f"{name}: has no revision {revision} on the hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         hint = "if it is private, set HF_TOKEN"
         raise InputError(f"{name}: no such file or folder, and no such data set on the hub ({hint})") from error
     except Exception as error:  # offline, or an error of the HTTP library, which huggingface_hub has changed
-        known = _remembered(repository, revision) or _in_cache(repository, revision)
-        if known is None and revision != CONVERTED:
+        known = _remembered(repository, revision)
+        if known is None:
             raise InputError(
                 f"{name}: no such file or folder, and as a data set of the hub neither reachable nor cached "
                 f"({first_line(error)})"
@@ -174,20 +164,6 @@ def _remembered(repository: str, revision: str) -> Listing | None:
         return None
 
 
-def _in_cache(repository: str, revision: str) -> Listing | None:
-    """Return the files that another program has put into huggingface_hub's cache."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}"
-    reference = folder / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    if not COMMIT.fullmatch(commit):
-        return None
-    snapshot = folder / "snapshots" / commit
-    files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet")]
-    return Listing.checked(commit, files) if files else None
-
-
 def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: SourceOptions) -> list[str]:
     placed = [(*_configuration_and_split(PurePosixPath(file)), file) for file in files]
     found = list(dict.fromkeys(configuration for configuration, _, _ in placed))
@@ -198,11 +174,7 @@ def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: So
         raise InputError(f"{name}: {problem}; it has {listed(found)}; give one, such as {base}:{found[0]}")
     splits = [(split, file) for configuration, split, file in placed if configuration == wanted]
     split = find_split(name, list(dict.fromkeys(split for split, _ in splits)), options)
-    chosen = [file for each, file in splits if each == split]
-    total = re.search(r"-\d{5}-of-(\d{5})", chosen[0])
-    complete = total is None or int(total[1]) == len(chosen)
-    require(complete, f"{name}: only {len(chosen)} of the files of split {split} are there; download it again")
-    return chosen
+    return [file for each, file in splits if each == split]
 
 
 def _configuration_and_split(file: PurePosixPath) -> tuple[str, str]:

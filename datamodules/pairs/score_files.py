@@ -31,12 +31,6 @@ class Cut(NamedTuple):
     ties: int
 
 
-def cut_of(scores: np.ndarray, count: int) -> Cut:
-    """Return the cut that keeps the ``count`` (at least 1) best of the scores, float32 ``[N]``."""
-    score = np.partition(scores, len(scores) - count)[len(scores) - count]
-    return Cut(float(score), count - int(np.count_nonzero(scores > score)))
-
-
 @dataclass(frozen=True)
 class PairFilters:
     """Filters of pairs; a pair is kept if it passes every filter that is set."""
@@ -63,7 +57,8 @@ class PairFilters:
             return None
         count = int(self.fraction * len(scores) + 1e-6)  # 0.29 * 100 is a little less than 29
         require(count >= 1, f"--fraction {self.fraction}: keeps none of {len(scores)} pairs; raise it")
-        return cut_of(scores, count)
+        score = np.partition(scores, len(scores) - count)[len(scores) - count]
+        return Cut(float(score), count - int(np.count_nonzero(scores > score)))
 
     def removed(self, pairs: pa.Table, cut: Cut | None) -> dict[str, np.ndarray]:
         """Return, by filter, which scored pairs (columns ``SCORES``) it removes, bool ``[N]``."""
@@ -179,7 +174,6 @@ class ScoreFile:
 
     @staticmethod
     def is_one(path: Path) -> bool:
-        """Return whether a path is a score file."""
         with suppress(InputError):
             return path.suffix == ".parquet" and bool(ScoreFile(path))
         return False

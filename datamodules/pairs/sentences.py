@@ -14,7 +14,7 @@ import regex
 from lit_clip.errors import require
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
-from .source import Derived, Found, PairSource
+from .source import Derived, Pair, PairSource
 
 # Words that end in a full stop before a capital letter or a number.
 _ABBREVIATIONS = (
@@ -106,15 +106,10 @@ class FittingCaptions(Derived):
             "is a callable that returns truncated ones; make it a TextTokenizer, or set truncate",
         )
         super().__init__([source])
-        self.source, self.tokenize = source, tokenize
+        self.tokenize = tokenize
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def locate(self, index: int) -> tuple[PairSource, int]:
-        return self.source, index
-
-    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        caption = fitting(found.caption, self.tokenize, rng)
-        more = found.more and [self.changed(index, each, rng) for each in found.more]
-        return found._replace(caption=caption, more=more)
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        pair = self.source.draw(index, rng, decoded)
+        caption = fitting(pair.caption, self.tokenize, rng)
+        more = [each._replace(caption=fitting(each.caption, self.tokenize, rng)) for each in pair.more or ()]
+        return pair._replace(caption=caption, more=None if pair.more is None else more)

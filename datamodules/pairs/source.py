@@ -1,9 +1,11 @@
 """Source of (image, caption) pairs: its interface, its options, and sources with some of its rows."""
 
+import io
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +19,8 @@ from PIL import Image
 from lit_clip.errors import BadSample, InputError, listed, require
 from lit_clip.tools.console import plural
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.images import OnError
+from lit_clip.tools.images import FIX_HINT, OnError, image_for_model
+from lit_clip.tools.levels import eight_bits, keep_levels
 from ..loading.sampling import permutation
 from ..loading.store import StoreFolder, is_remote
 
@@ -34,42 +37,72 @@ PerImage = Literal["all", "one", "together"]
 PerThing = Literal["one", "two", "all", "together"] | None
 
 
-class Pair(NamedTuple):
-    """An image and one of its captions."""
+class Row(NamedTuple):
+    """A row as stored."""
 
-    image: Image.Image
-    caption: str
+    image: Any  # a PIL image, a path, the content of a file, or a function that returns one of these
+    captions: list[str]  # at least one, none of them blank
     key: str  # identifies the image
     group: str = ""  # of duplicates
-    negative: str = ""  # a caption that does not fit the image although it is similar
-    extra: Mapping[str, Any] = {}  # tensors of one shape, for losses; an image is augmented as the pair's
-    more: "Sequence[PairText] | None" = None  # the image's other captions; None if a batch has images of one caption
-    more_images: Sequence[Image.Image] = ()  # other images of the same thing, whose features are averaged in training
+    where: str = ""  # its name in messages, such as "captions.csv row 7"
+    negatives: Sequence[str] = ()  # captions that do not fit the image although they are similar
+    extra: Mapping[str, Any] = {}  # tensors of one shape, for losses
+
+    def opened(self) -> Image.Image | Path | bytes:
+        """Return the image as a decoded image, a path or the content of a file."""
+        image = self.image() if callable(self.image) else self.image
+        if isinstance(image, Image.Image):
+            image.load()  # Pillow opens files lazily
+        elif not isinstance(image, str | Path | bytes):
+            kind = type(image).__name__
+            raise InputError(f"{self.where}: image() returned a {kind}, not a PIL image, path or bytes")
+        return Path(image) if isinstance(image, str) else image
+
+    def decoded(self) -> Image.Image:
+        """Decode the image for a model."""
+        with opening_files(self.where):
+            image = self.opened()
+            if isinstance(image, Image.Image):
+                return keep_levels(image, self.where)
+            return image_for_model(io.BytesIO(image) if isinstance(image, bytes) else image, self.where)
+
+    def content(self) -> bytes:
+        """Return the content of the image's file; a PIL image becomes a PNG."""
+        with opening_files(self.where):
+            image = self.opened()
+            if isinstance(image, Image.Image):
+                file = io.BytesIO()
+                plain = image.mode == "I;16" and not hasattr(image, "tag_v2")  # a PNG holds it as it is
+                (image if plain else eight_bits(image, self.where)).save(file, "PNG")
+                return file.getvalue()
+            return image if isinstance(image, bytes) else image.read_bytes()
 
 
-class PairText(NamedTuple):
-    """A pair without its image: the fields of :class:`Pair`."""
+@contextmanager
+def opening_files(where: str) -> Iterator[None]:
+    """Turn an ``OSError`` into a bad sample."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadSample(where, "missing image", f"no such image file: {error.filename}") from error
+    except OSError as error:
+        raise BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}") from error
 
+
+class Pair(NamedTuple):
+    """An image and one of the captions of its row."""
+
+    image: Any  # a PIL image; a tensor once it is a sample; None if only the texts were drawn
     caption: str
     key: str
     group: str = ""
     negative: str = ""
-    extra: Mapping[str, Any] = {}
-    more: "Sequence[PairText] | None" = None
-    more_images: Sequence[Image.Image] = ()
+    extra: Mapping[str, Any] = {}  # as of a row; an image is augmented as the pair's
+    more: "Sequence[Pair] | None" = None  # the image's other captions; None if a batch has images of one caption
+    more_images: Sequence[Any] = ()  # other images of the same thing, whose features are averaged in training
 
 
-Found = TypeVar("Found", Pair, PairText)
-
-
-class EncodedPair(NamedTuple):
-    """A pair as stored: the image file's content, and all captions, none of them blank."""
-
-    image: bytes
-    captions: list[str]
-    key: str
-    group: str
-    where: str  # its name in messages, such as "captions.csv row 7"
+Found = TypeVar("Found", Row, Pair)
 
 
 class SkippedRows:
@@ -97,43 +130,49 @@ class SkippedRows:
 
 
 class PairSource(ABC):
-    """Pairs with random access; a row that cannot be read raises :class:`BadSample` in every method.
+    """Numbered rows of images and captions; a row that cannot be read raises :class:`BadSample` in every method.
 
     Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Number of rows."""
 
     @abstractmethod
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load a pair: ``rng`` draws one of several captions; None takes the first, and no negative."""
-
-    def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored."""
-        raise InputError(f"{type(self).__name__}: its images are not files; use a table, a folder or shards")
-
-    def captions(self, index: int) -> list[str]:
-        """Return all captions of a pair, without reading the image where the source can."""
-        return [self.load(index, None).caption]
+    def row(self, index: int) -> Row:
+        """Return a row, without reading the image where the source can."""
 
     def key(self, index: int) -> str:
-        """Return the key of a pair, without reading the image where the source can."""
-        return self.read(index).key
+        return self.row(index).key
 
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return the fields of :meth:`load` except the image, without reading the image where the source can."""
-        return PairText(*self.load(index, rng)[1:])
+    def captions(self, index: int) -> list[str]:
+        return self.row(index).captions
+
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
+        """Draw one of a row's captions and negatives with ``rng``; None takes the first caption, and no negative."""
+        row = self.row(index)
+        image = row.decoded() if decoded else None
+        caption = row.captions[0] if rng is None else one_of(row.captions, rng)
+        negative = one_of(row.negatives, rng) if rng and row.negatives else ""
+        return Pair(image, caption, row.key, row.group, negative, row.extra)
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        """Draw a pair, see :meth:`draw`, with its image."""
+        return self.draw(index, rng, decoded=True)
+
+    def text(self, index: int, rng: random.Random | None) -> Pair:
+        """Draw what :meth:`load` would, without the image."""
+        return self.draw(index, rng, decoded=False)
+
+    def read(self, index: int) -> Row:
+        """Return a row with the content of its image's file."""
+        row = self.row(index)
+        return row._replace(image=row.content())
 
     def image_identity(self, index: int) -> object:
         """Return a hashable identity of an image's content, with the same ``repr`` in every run."""
-        try:
-            return hash64(self.read(index).image)
-        except BadSample:
-            raise
-        except InputError:  # no image files
-            return hash64(self.load(index, None).image.tobytes())
+        return hash64(self.row(index).content())
 
     @property
     def pairs_per_epoch(self) -> int:
@@ -189,6 +228,11 @@ class PairSource(ABC):
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
 
+def one_of(texts: Sequence[str], rng: random.Random) -> str:
+    """Draw a text; one alone is not drawn."""
+    return texts[0] if len(texts) == 1 else rng.choice(texts)
+
+
 def arrow_image_names(source: PairSource) -> pa.ChunkedArray | None:
     """Return the names of all images as Arrow values; None: every row has another image."""
     names = source.image_names()
@@ -232,38 +276,38 @@ def _shown_together(source: PairSource, groups: bool) -> pa.ChunkedArray | None:
 
 
 class Derived(PairSource):
-    """Pairs of other sources: a selection, another order, or changed pairs; :meth:`locate` gives each row's origin."""
+    """Rows of other sources: a selection, another order, or changed ones; by default all rows of the first source."""
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = list(sources)
+        self.source = self.sources[0]
 
-    @abstractmethod
+    def __len__(self) -> int:
+        return len(self.source)
+
     def locate(self, index: int) -> tuple[PairSource, int]:
-        """Return a pair's source, and its row there."""
+        """Return the source of a row, and the row's number there."""
+        return self.source, index
 
-    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        """Return the pair or text that replaces the source's."""
-        return found
+    def renamed(self, index: int, key: str) -> str:
+        return key
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
+    def changed(self, index: int, found: Found) -> Found:
+        """Return what replaces the source's row or pair."""
+        return found._replace(key=self.renamed(index, found.key))
+
+    def row(self, index: int) -> Row:
         source, row = self.locate(index)
-        return self.changed(index, source.load(row, rng), rng)
+        return self.changed(index, source.row(row))
 
-    def text(self, index: int, rng: random.Random | None) -> PairText:
+    def draw(self, index: int, rng: random.Random | None, decoded: bool) -> Pair:
         source, row = self.locate(index)
-        return self.changed(index, source.text(row, rng), rng)
-
-    def read(self, index: int) -> EncodedPair:
-        source, row = self.locate(index)
-        return source.read(row)
-
-    def captions(self, index: int) -> list[str]:
-        source, row = self.locate(index)
-        return source.captions(row)
+        pair = self.changed(index, source.draw(row, rng, decoded))
+        return pair._replace(more=[self.changed(index, each) for each in pair.more]) if pair.more else pair
 
     def key(self, index: int) -> str:
         source, row = self.locate(index)
-        return source.key(row)
+        return self.renamed(index, source.key(row))
 
     def image_identity(self, index: int) -> object:
         source, row = self.locate(index)
@@ -294,7 +338,6 @@ class Rows(Derived):
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
         super().__init__([source])
-        self.source = source
         self.rows = rows.astype(np.int32 if len(source) < 2**31 else np.int64, copy=False)
 
     def __len__(self) -> int:
@@ -414,16 +457,13 @@ class SourceOptions(NamedTuple):
     option_prefix: str = ""  # of these names on the command line, for messages
 
     def image_root(self, default: Path) -> Path | StoreFolder:
-        """Return the folder from which relative image paths start."""
         root = self.columns.root
         return default if root is None else StoreFolder(root) if is_remote(root) else Path(root).expanduser()
 
     def refuse_split(self, path: object) -> None:
-        """Raise :class:`InputError` if a split is set, for a source without splits."""
         require(self.split is None, f"{path}: has no splits, but split is {self.split!r}; leave it out")
 
     def refuse_classes(self, path: object) -> None:
-        """Raise :class:`InputError` if templates or class names are set, for a source without classes."""
         option = "classes.templates" if self.classes.templates is not None else "classes.names"
         message = f"{self.option_prefix}{option}: {path} is not a folder of classes; leave {option} out"
         require(self.classes == Classes(), message)

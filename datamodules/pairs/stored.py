@@ -14,8 +14,8 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import reading
 from ..loading.store import StoreFolder
 from .column_names import ColumnNames, blank_mask, check_types, find_columns, image_type, images_of, is_encoded
-from .columns import Cells, ColumnPairs, checked_title, checked_weight, group_name
-from .source import IMAGES_OF, LISTED, NO_CAPTION, PairSource, SourceOptions, find_split, row_names, thing_names
+from .columns import ColumnPairs, checked_extra, group_name
+from .source import IMAGES_OF, LISTED, NO_CAPTION, PairSource, Row, SourceOptions, find_split, row_names, thing_names
 
 
 class RowRange(NamedTuple):
@@ -123,7 +123,7 @@ class ColumnarPairs(ColumnPairs):
                 return names.take(pa.array(self._usable()))
         return None if self._image_stops is None else pa.chunked_array([row_names(self._usable())])
 
-    def row(self, index: int) -> int:
+    def number(self, index: int) -> int:
         """Return a pair's row number, counted over all files."""
         if self._image_stops is not None:
             return int(np.searchsorted(self._image_stops, index, side="right"))
@@ -136,8 +136,8 @@ class ColumnarPairs(ColumnPairs):
         within = row - (int(self._stops[number - 1]) if number else 0)
         return f"{self.shown(part.file)} row {part.first + within}", number, within
 
-    def cells(self, index: int) -> Cells:
-        row = self.row(index)
+    def cells(self, index: int) -> Row:
+        row = self.number(index)
         where, number, within = self._where(row)
         key, of_row = self._place(where), ""
         try:
@@ -150,18 +150,15 @@ class ColumnarPairs(ColumnPairs):
                 images = images_of(table.slice(within, 1).combine_chunks().to_batches()[0], self.columns.images)[1]
                 image, key, of_row = images[place].as_py(), f"{key}:{place}", f"{IMAGES_OF}{key}"
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
-            names = (self.columns.negative, self.columns.weight, self.columns.title)
-            more = [None if name is None else table[name][within].as_py() for name in names]
+            negative: Any = () if self.columns.negative is None else table[self.columns.negative][within].as_py() or ()
+            extra = checked_extra(self.columns, lambda name: table[name][within].as_py(), where)
         except UnicodeDecodeError as error:
             raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
-        negative, weight, title = more
-        weight = None if self.columns.weight is None else checked_weight(weight, self.columns.weight, where)
-        title = None if self.columns.title is None else checked_title(title, self.columns.title, where)
         caption = captions[0] if len(captions) == 1 else captions
-        return Cells(image, caption, group or of_row, where, key, negative, weight, title)
+        return Row(image, caption, key, group or of_row, where, negative, extra)
 
     @staticmethod
     def _place(where: str) -> str:
@@ -182,11 +179,6 @@ def blank_rows(batches: Any, captions: Sequence[str]) -> np.ndarray:
 
 SAVE_AGAIN = "save the data set again"
 LONGEST_NAME = 255
-
-
-def is_saved(folder: Path) -> bool:
-    """Return whether ``save_to_disk`` wrote a folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def open_saved(folder: Path, options: SourceOptions) -> PairSource:
@@ -249,35 +241,8 @@ def _map_stream(file: Path) -> pa.Table:
     """Map a file and check its structure: Arrow follows the offsets in a damaged file, and crashes."""
     with reading(file, "Arrow file", hint=SAVE_AGAIN), pa.memory_map(str(file)) as source:
         table = pa.ipc.open_stream(source).read_all()
-        for column in table.columns:
-            for chunk in column.chunks:
-                _without_texts(chunk).validate(full=True)
+        table.validate(full=True)
         return table
-
-
-def _without_texts(array: pa.Array) -> pa.Array:
-    """Return an array with texts viewed as bytes: invalid UTF-8 then concerns only its own row."""
-    storage = array.storage if isinstance(array, pa.ExtensionArray) else array
-    kind = _bytes_for_texts(storage.type)
-    if kind == storage.type:
-        return storage
-    storage.validate()  # the view reads lengths, which must be those of the buffers
-    return storage.view(kind)
-
-
-def _bytes_for_texts(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_bytes_for_texts(kind.value_type))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(_bytes_for_texts(kind.value_type))
-    if pa.types.is_struct(kind):
-        fields = [kind.field(number) for number in range(kind.num_fields)]
-        return pa.struct([field.with_type(_bytes_for_texts(field.type)) for field in fields])
-    return kind
 
 
 class ArrowDatasetPairs(ColumnarPairs):

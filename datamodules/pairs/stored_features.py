@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
 from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
 from ..loading.sampling import TrainingSample, sample_seed
-from .source import CaptionOptions, PairSource, PairText
+from .source import CaptionOptions, Pair, PairSource
 
 TOKENIZED_AT_ONCE = 4096
 
@@ -44,11 +44,9 @@ class DistinctImageRows:
         self.identity = hex_digest([*settings, versions, len(train_images), *train_images, *val_images])
 
     def training(self, row: int, version: int) -> int:
-        """Return the row of a training sample's image version."""
         return int(self._train[row]) * self.versions + version
 
     def validation(self, row: int) -> int:
-        """Return the row of a validation sample's image."""
         return self.trained + int(self._val[row])
 
     def origin(self, row: int) -> TrainingSample | int:
@@ -99,19 +97,6 @@ class ImageReader:
         return ImageBatch(np.array(list(images), np.int64), pixels, unusable)
 
 
-class PairSample(NamedTuple):
-    """A pair with an image as uint8 in the model's shape, or as stored activations."""
-
-    image: Tensor
-    caption: str
-    key: str
-    group: str
-    negative: str
-    extra: Mapping[str, Any]
-    more: Sequence[PairText] | None = None  # the image's other captions
-    more_images: Sequence[Any] = ()  # tensors of other images of the same thing
-
-
 class StoredImages(NamedTuple):
     """Files with the encoded images, and the file row of each sample.
 
@@ -123,7 +108,7 @@ class StoredImages(NamedTuple):
     teachers: Sequence[StoredTeacher] = ()
 
 
-class StoredPairs(Dataset[PairSample]):
+class StoredPairs(Dataset[Pair]):
     """Samples with stored activations, or with the images that a teacher saw; and the teachers' features.
 
     The captions are drawn as in a plain run. A training sample draws from the run's ``seed``; a validation sample is a
@@ -131,7 +116,7 @@ class StoredPairs(Dataset[PairSample]):
     """
 
     def __init__(
-        self, source: PairSource, images: StoredImages, seed: int, decoded: Dataset[PairSample] | None = None
+        self, source: PairSource, images: StoredImages, seed: int, decoded: Dataset[Pair] | None = None
     ) -> None:
         self.source = source
         self.images = images
@@ -141,7 +126,7 @@ class StoredPairs(Dataset[PairSample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: TrainingSample | int) -> PairSample:
+    def __getitem__(self, sample: TrainingSample | int) -> Pair:
         rows, stored, teachers = self.images
         if isinstance(sample, TrainingSample):
             index, rng = sample.row, random.Random(sample_seed(self.seed, sample))
@@ -157,14 +142,16 @@ class StoredPairs(Dataset[PairSample]):
             image = self.decoded[rows.origin(row)].image
         of_image = {stored_name(each.name, "image"): self._read(each.images, row, index) for each in teachers if rng}
 
-        def taught(text: PairText) -> PairText:
+        def taught(text: Pair) -> Pair:
             extra = {**text.extra, **of_image}
             for teacher in teachers if rng else ():
                 if teacher.texts:
-                    extra[stored_name(teacher.name, "text")] = _text_features(*teacher.texts, text.caption)
+                    hashes, stored_texts = teacher.texts
+                    (row,) = _rows_of(hashes, text_hashes([text.caption])).tolist()
+                    extra[stored_name(teacher.name, "text")] = stored_texts.read(row)  # checked before training
             return text._replace(extra=extra, more=text.more and [taught(each) for each in text.more])
 
-        return PairSample(image, *taught(text))
+        return taught(text)._replace(image=image)
 
     def _read(self, stored: StoredRows, row: int, index: int) -> Tensor:
         found = stored.read(row)
@@ -180,7 +167,6 @@ def text_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def _rows_of(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the rows of wanted hashes in an ascending list of hashes."""
     rows = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
     if not np.array_equal(hashes[rows], wanted):
         raise InputError(
@@ -188,13 +174,6 @@ def _rows_of(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
             "the text encoder, or remove the callback"
         )
     return rows
-
-
-def _text_features(hashes: np.ndarray, stored: StoredRows, text: str) -> Tensor:
-    (row,) = _rows_of(hashes, text_hashes([text])).tolist()
-    found = stored.read(row)
-    assert found is not None, "checked before training"
-    return found
 
 
 def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -220,12 +199,10 @@ class StoredTexts(NamedTuple):
 
     @property
     def nothing(self) -> Tensor:
-        """Activations of no captions."""
         shape = self.stored.shape
         return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
 
     def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the activations of a batch of captions, ``[B, ...]``."""
         rows, shape = _rows_of(self.hashes, token_hashes(tokens, lengths)), self.stored.shape
         found = self.stored.read(rows, max(lengths) + shape[0] - self.longest if len(shape) == 2 else None)
         assert found is not None, "checked before training"
@@ -285,13 +262,11 @@ class WithStoredFeatures:
         return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
     def image_reader(self, rows: DistinctImageRows) -> ImageReader:
-        """Return a reader of rows' images, each as in training or in validation."""
         train, val = self._fit_sources
         datasets = self.training_pairs(train), self.validation_pairs(val)
         return ImageReader(rows, *datasets, skip=self.on_error == "skip")
 
     def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
-        """Load the images of some rows in batches."""
         batches = in_batches(wanted.tolist(), self.evaluation_batch_size)
         return loader(Mapped(self.image_reader(rows), batches), self.num_workers)
 

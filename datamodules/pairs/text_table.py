@@ -81,7 +81,6 @@ class Problems:
         self.left_out.add(self.where(number), reason)
 
     def where(self, number: int) -> str:
-        """Return a row's name for messages."""
         return f"{self.path} {self.label} {number}"
 
 
@@ -131,9 +130,6 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             require(is_unicode("".join(names)), f"{path} row {number}: {NOT_UTF8[1]}")
             columns = find(names)
             problems.columns = columns
-            images, captions = ([names.index(name) for name in each] for each in (columns.images, columns.captions))
-            wanted = (getattr(columns, name) for name in OPTIONAL)
-            optional = [None if name is None else names.index(name) for name in wanted]
             for values in reader:
                 number += 1
                 if not values:
@@ -141,9 +137,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 if not is_unicode("".join(values)):
                     problems.add(number, *NOT_UTF8)
                 elif len(values) == len(names):
-                    more = (None if column is None else values[column] for column in optional)
-                    both = (_one_or_list(values.__getitem__, each) for each in (images, captions))
-                    yield RawRow(number, *both, *more)
+                    yield _raw_row(number, dict(zip(names, values, strict=True)), columns)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"
@@ -154,9 +148,12 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             raise InputError(f"{path} row {number + 1}: {problem}") from error
 
 
-def _one_or_list(cell: Callable[[Any], Any], columns: Sequence[Any]) -> Any:
-    """Return one column's cell, or a list of several columns' cells."""
-    return cell(columns[0]) if len(columns) == 1 else [cell(column) for column in columns]
+def _raw_row(number: int, cells: Mapping[str, Any], columns: ColumnNames) -> RawRow:
+    images, captions = ([cells.get(name) for name in names] for names in (columns.images, columns.captions))
+    optional = (None if (name := getattr(columns, kind)) is None else cells.get(name) for kind in OPTIONAL)
+    return RawRow(
+        number, images[0] if len(images) == 1 else images, captions[0] if len(captions) == 1 else captions, *optional
+    )
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
@@ -185,8 +182,7 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
         if columns is None:
             columns = find(list(values))
             problems.columns = columns
-        more = (values.get(getattr(columns, name)) for name in OPTIONAL)
-        yield RawRow(number, *(_one_or_list(values.get, each) for each in (columns.images, columns.captions)), *more)
+        yield _raw_row(number, values, columns)
 
 
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:

@@ -16,14 +16,7 @@ from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stores import store_of
 from ..loading.store import Stamp, fetch, is_remote, retry
-from .index import (
-    INDEX_SUFFIX,
-    MappedIndex,
-    Summary,
-    read_summary,
-    scan_shard,
-    write_index,
-)
+from .index import INDEX_SUFFIX, MappedIndex, Summary, read_summary, scan_shard, write_index
 
 OPEN_AT_ONCE = 32  # shards in each process
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

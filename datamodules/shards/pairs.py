@@ -21,17 +21,9 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import read_at
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import Stamp, is_remote, stamp_of
-from ..pairs.columns import Cells, ColumnPairs, checked_title, checked_weight, group_name
-from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows, thing_names
-from .files import (
-    OpenShard,
-    OpenShards,
-    ShardFolder,
-    expand_urls,
-    find_index,
-    make_index,
-    open_index,
-)
+from ..pairs.columns import ColumnPairs, checked_extra, group_name
+from ..pairs.source import LISTED, NO_CAPTION, Columns, Row, SkippedRows, thing_names
+from .files import OpenShard, OpenShards, ShardFolder, expand_urls, find_index, make_index, open_index
 from .index import BLOCK, OF_SHARD, WANTED, Summary
 
 T = TypeVar("T")
@@ -224,7 +216,6 @@ class TarPairs(ColumnPairs):
                 raise InputError(f"{cells.where}: no field {column!r}; {has}")
 
     def _fields(self) -> list[str]:
-        """Return the fields of the ``.json`` that the columns name."""
         columns = (self.columns.caption, self.columns.group, self.columns.weight, self.columns.title)
         return [column for column in columns if column is not None]
 
@@ -253,7 +244,7 @@ class TarPairs(ColumnPairs):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
-    def _read(self, index: int, more: Sequence[str] = ()) -> tuple[OpenShard, Spans, Cells, dict[str, Any]]:
+    def _read(self, index: int, more: Sequence[str] = ()) -> tuple[OpenShard, Spans, Row, dict[str, Any]]:
         """Return a sample's open shard, the spans of its files, its text cells, and the fields of its .json."""
         number, row = self._locate(index)
         shard = self._shards[number]
@@ -265,18 +256,13 @@ class TarPairs(ColumnPairs):
         contents = {name: _content(shard, span, where) for name, span in spans.items() if name in wanted}
         fields = _json(contents["json"], where, dict) if "json" in contents else {}
         caption = self._caption(contents, fields, where)
-        return shard, spans, Cells(None, caption, "", where, f"{self._names[number]}/{key}"), fields
+        return shard, spans, Row(None, caption, f"{self._names[number]}/{key}", "", where), fields
 
-    def cells(self, index: int) -> Cells:
+    def cells(self, index: int) -> Row:
         shard, spans, cells, fields = self._read(index)
-        columns, found = self.columns, {}
-        if columns.group is not None:
-            found["group"] = group_name(fields.get(columns.group))
-        if columns.weight is not None:
-            found["weight"] = checked_weight(fields.get(columns.weight), columns.weight, cells.where)
-        if columns.title is not None:
-            found["title"] = checked_title(fields.get(columns.title), columns.title, cells.where)
-        return cells._replace(image=partial(_content, shard, spans["image"], cells.where), **found)
+        group = "" if self.columns.group is None else group_name(fields.get(self.columns.group))
+        image = partial(_content, shard, spans["image"], cells.where)
+        return cells._replace(image=image, group=group, extra=checked_extra(self.columns, fields.get, cells.where))
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
         return None if self.columns.group is None or rows else self._things
@@ -316,7 +302,6 @@ class TarPairs(ColumnPairs):
 
 
 def _content(shard: OpenShard, span: tuple[int, int], where: str) -> bytes:
-    """Read a file of a sample."""
     offset, size = span
     if size > MAX_IMAGE_BYTES:
         raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
@@ -354,6 +339,5 @@ def _text(content: bytes, where: str) -> str:
 
 
 def _listed(extensions: dict[str, int]) -> str:
-    """Describe a shard's files by extension, the most frequent first."""
     names = sorted(extensions, key=lambda name: (-extensions[name], name))
     return "files called " + ", ".join(f"*.{name[:20]}" for name in names[:8]) if names else "no sample files"

@@ -23,7 +23,7 @@ from lit_clip.tools.reading import reading
 from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import stamp_of
-from ..pairs.source import EncodedPair, PairSource
+from ..pairs.source import PairSource, Row
 from .index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 
 MANIFEST = "shards.json"
@@ -98,7 +98,6 @@ class ShardWriter:
 
     @property
     def numbers(self) -> range:
-        """Numbers of the shards in this share."""
         return range(self.share.number, -(-len(self.source) // self.shard_size), self.share.of)
 
     def write(self, number: int) -> Written:
@@ -127,7 +126,7 @@ class ShardWriter:
         before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
 
-    def _samples(self, number: int) -> Iterator[tuple[str, EncodedPair | BadSample]]:
+    def _samples(self, number: int) -> Iterator[tuple[str, Row | BadSample]]:
         """Yield the key and the pair of each sample of a shard, or the error of a bad sample."""
         digits = max(4, len(str(self.shard_size - 1)))
         first = number * self.shard_size
@@ -166,7 +165,7 @@ class ShardWriter:
         return skipped
 
 
-def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
+def _image_file(pair: Row, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
     """Return the extension and content of a pair's image, and img2dataset's size fields if it was resized."""
     with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
         image = image_for_model(io.BytesIO(pair.image), pair.where)
@@ -197,14 +196,11 @@ def reduced(width: int, height: int, short: int | None) -> tuple[int, int] | Non
     return None if long > LONGEST_JPEG else (short, long) if width <= height else (long, short)
 
 
-def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tuple[str, bytes]]:
+def _texts(key: str, pair: Row, about_image: dict[str, int]) -> list[tuple[str, bytes]]:
     about: dict[str, str | int] = {"key": key, "caption": pair.captions[0], "source": pair.key, **about_image}
     if pair.group:
         about["group"] = pair.group
-    files = [
-        (f"{key}.txt", pair.captions[0].encode()),
-        (f"{key}.json", json.dumps(about, ensure_ascii=False).encode()),
-    ]
+    files = [(f"{key}.txt", pair.captions[0].encode()), (f"{key}.json", json.dumps(about, ensure_ascii=False).encode())]
     if len(pair.captions) > 1:
         files.append((f"{key}.captions.json", json.dumps(pair.captions, ensure_ascii=False).encode()))
     return files

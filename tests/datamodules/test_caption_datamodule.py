@@ -228,11 +228,7 @@ def fit_recorder(table: Path, ckpt_path: Path | None = None, **options: Any) -> 
 
 def test_each_epoch_of_a_real_trainer_has_its_own_order_and_augmentation(table: Path) -> None:
     module, recorder = fit_recorder(table, limit_val_batches=0)
-    assert [len(batches) for batches in recorder.seen.values()] == [
-        4,
-        4,
-        4,
-    ]  # of 19 training pairs
+    assert [len(batches) for batches in recorder.seen.values()] == [4, 4, 4]  # of 19 training pairs
     orders = [[key for batch in batches for key in batch.keys] for batches in recorder.seen.values()]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     for epoch, batches in recorder.seen.items():
@@ -304,17 +300,6 @@ def test_colour_jitter_stays_within_its_bounds() -> None:
     values = [float(jitter(flat).float().mean()) for _ in range(100)]
     assert 78 < min(values) < 90  # only brightness can change a flat grey: 80 to 120
     assert 110 < max(values) < 122
-
-
-def test_transparent_images_are_converted_as_for_published_models(tmp_path: Path) -> None:
-    """Pillow drops the alpha channel, in training and in evaluation."""
-    Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "a.png")
-    (tmp_path / "t.csv").write_text("image,caption\na.png,a\n")
-    for loader in ("train_dataloader", "val_dataloader"):
-        module = data_module(tmp_path / "t.csv", batch_size=1)
-        (batch,) = getattr(module, loader)()
-        expected = Image.open(tmp_path / "a.png").resize((4, 4), Image.Resampling.BICUBIC).convert("RGB")
-        assert (batch.images[0, :, 0, 0] == torch.tensor(expected.getpixel((0, 0)))).all()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -435,10 +420,6 @@ def test_budgets_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
 
 def test_training_crops_keep_the_images_shape() -> None:
     """A crop to the model's square would undo what NaFlex is for."""
-    from PIL import Image
-
-    from datamodules.loading.augmentation import Augmentation, TrainingTransform
-
     transform = TrainingTransform(Augmentation((0.9, 1.0)), Preprocessing(max_patches=64, patch_size=8), [16])
     wide = Image.linear_gradient("L").resize((400, 100)).convert("RGB")
     for budget, grid in ((0, [4, 16]), (16, [2, 8])):

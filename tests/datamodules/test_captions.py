@@ -20,6 +20,7 @@ from lit_clip.cli.lightning import CLI, run
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from tests.helpers.coloured_sets import message_of
+from tests.helpers.epochs import opened
 
 
 @pytest.fixture
@@ -87,20 +88,19 @@ def test_mixture_in_a_yaml_file_reaches_the_data_module(
 def test_invalid_data_options_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="set train, val or both"):
         Captions()
-    with pytest.raises(InputError, match="a bare path among them"):
-        captions(module(folder, train=[{"data": str(folder / "a.csv")}, str(folder / "c")]))
-    with pytest.raises(InputError, match="wheight"):
-        captions(module(folder, train=[{"data": str(folder / "a.csv"), "wheight": 1}]))
-    with pytest.raises(InputError, match=r"nowhere\.csv: no such file or folder$"):
-        captions(module(folder, train=str(folder / "nowhere.csv")))
     (folder / "photographs.csv").touch()
-    with pytest.raises(InputError, match=rf"photograph\.csv: .*; did you mean {folder / 'photographs.csv'}\?$"):
-        captions(module(folder, train=str(folder / "photograph.csv")))
+    for train, message in (
+        ([{"data": str(folder / "a.csv")}, str(folder / "c")], "a bare path among them"),
+        ([{"data": str(folder / "a.csv"), "wheight": 1}], "wheight"),
+        (str(folder / "nowhere.csv"), r"nowhere\.csv: no such file or folder$"),
+        (str(folder / "photograph.csv"), rf"photograph\.csv: .*; did you mean {folder / 'photographs.csv'}\?$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            captions(module(folder, train=train))
 
 
 def module_of(stage: str, **options: Any) -> Captions:
     data = Captions(**{"num_workers": 0, **options})
-    data.preprocessing = Preprocessing(image_size=5)
     data.setup(stage)
     return data
 
@@ -205,17 +205,12 @@ def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Pa
     rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
     rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
     table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    data = Captions(val=str(table), columns=Columns(group="product"), batch_size=4, num_workers=0)
-    data.setup("validate")
-    (batch,) = data.val_dataloader()
-    assert batch.groups == ["7", "", "", ""]
-    data = Captions(val=str(table), batch_size=4, num_workers=0)
-    data.setup("validate")
-    assert next(iter(data.val_dataloader())).groups == ()
-    with pytest.raises(
-        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.columns.group"
-    ):
-        Captions(val=str(table), columns=Columns(group="brand")).setup("validate")
+    for columns, groups in ((Columns(group="product"), ["7", "", "", ""]), (None, ())):
+        (batch,) = module_of("validate", val=str(table), columns=columns).val_dataloader()
+        assert batch.groups == groups
+    missing = r"no column 'brand'; its columns are image, caption, product; set --data.columns.group"
+    with pytest.raises(InputError, match=missing):
+        module_of("validate", val=str(table), columns=Columns(group="brand"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -230,10 +225,7 @@ def test_pair_that_a_mixture_repeats_in_an_epoch_has_another_crop_and_caption_ea
         (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parts = [{"data": str(tmp_path / f"{number}.jsonl")} for number in range(2)]
     crop = Augmentation(crop_scale=(0.2, 1.0))
-    options = {"batch_size": 4, "num_workers": num_workers, "augmentation": crop}
-    data = Captions(parts, str(tmp_path / "0.jsonl"), **options)
-    data.preprocessing = Preprocessing(image_size=8)
-    data.setup("fit")
+    data = opened(parts, val=str(tmp_path / "0.jsonl"), num_workers=num_workers, augmentation=crop)
     batches = list(data.train_dataloader())
     drawn = {(key, *texts) for batch in batches for key, *texts in zip(batch.keys, batch.captions, strict=True)}
     assert Counter(key for key, _ in drawn) == {"0:0.png": 4, "1:1.png": 4}

@@ -1,27 +1,23 @@
 """Hard negative captions: from a column of a table to the batch."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules import Captions
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Columns
 from lit_clip import LitCLIP, distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Loss, WholeBatch
-from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer
+from tests.helpers.epochs import opened, tabulated
 from tests.helpers.ranks import make_batch
 from tests.helpers.ranks_negatives import HOOKS, After, plain_loop
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
@@ -32,15 +28,10 @@ ROWS = [["0.png", "a", ["not a"]], ["1.png", "b", []], ["2.png", "c", ["not c", 
 def table(folder: Path, suffix: str) -> Path:
     for name, *_ in ROWS:
         Image.new("RGB", (8, 8)).save(folder / name)
-    path = folder / f"captions{suffix}"
     columns = {name: [row[i] for row in ROWS] for i, name in enumerate(("image", "caption", "wrong"))}
-    if suffix == ".parquet":
-        pq.write_table(pa.table(columns), path)
-    elif suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in ROWS))
-    else:  # a text in each row
-        path.write_text("image,caption,wrong\n" + "".join(f"{a},{b},{(c or [''])[0]}\n" for a, b, c in ROWS))
-    return path
+    if suffix == ".csv":  # a text in each row
+        columns["wrong"] = [(cell or [""])[0] for cell in columns["wrong"]]
+    return tabulated(folder / f"captions{suffix}", columns)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -54,9 +45,8 @@ def test_one_of_a_rows_negatives_is_drawn_and_validation_reads_none(suffix: str,
 
 def test_a_batch_has_the_tokens_of_the_negatives_that_there_are(tmp_path: Path) -> None:
     path, tokenize = table(tmp_path, ".csv"), CLIPTokenizer(16)
-    data = Captions(str(path), str(path), columns=Columns(negative="wrong"), batch_size=4, num_workers=0)
-    data.preprocessing, data.tokenize = Preprocessing(image_size=8), tokenize
-    data.setup("fit")
+    data = opened(path, val=str(path), columns=Columns(negative="wrong"))
+    data.tokenize = tokenize
     (batch,) = data.train_dataloader()
     assert sorted(batch.negatives) == ["", "", "not a", "not c"]
     found = [text for text in batch.negatives if text]

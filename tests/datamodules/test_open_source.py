@@ -99,12 +99,6 @@ def test_options_that_do_not_apply_to_a_source_are_refused(folder: Path) -> None
         open_source(folder, columns=Columns(caption="text"))
 
 
-def test_folder_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one of Hugging Face\'s folders"}')
-    assert open_source(tmp_path).captions(0) == ["one of Hugging Face's folders"]
-
-
 def test_list_of_tables_is_concatenated(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "o.csv"
     other.write_text(f"image,caption\n{folder}/a/003.png,another\na/003.png,lost\n")

@@ -66,15 +66,11 @@ def test_164_names_are_held_out_and_none_is_a_flag() -> None:
     assert {emoji.group for emoji in out} == {emoji.group for emoji in EMOJI} - {"flags"}
 
 
-def test_no_drawing_is_blank(color: np.ndarray) -> None:
-    assert color.shape == (1914, 72, 72, 3)
-    marks = ink(color).sum(axis=(1, 2))
-    assert [EMOJI[row].name for row in np.flatnonzero(marks < 100)] == []
-
-
-def test_drawings_are_not_cut_off(color: np.ndarray) -> None:
+def test_drawings_are_neither_blank_nor_cut_off(color: np.ndarray) -> None:
     """OpenMoji's grid of 72 pixels has a margin: only a few drawings touch the edge, and no flag does."""
+    assert color.shape == (1914, 72, 72, 3)
     marks = ink(color)
+    assert [EMOJI[row].name for row in np.flatnonzero(marks.sum(axis=(1, 2)) < 100)] == []
     cut = marks[:, [0, -1]].any(axis=(1, 2)) | marks[:, :, [0, -1]].any(axis=(1, 2))  # touches the edge
     assert [EMOJI[row].name for row in np.flatnonzero(cut) if EMOJI[row].group == "flags"] == []
     assert cut.sum() < 1914 / 50
@@ -158,6 +154,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Emoji]:
 
 def test_missing_drawing_in_the_cache_is_added(few: list[Emoji], color: np.ndarray, tmp_path: Path) -> None:
     paths = draw(tmp_path)
+    assert not set(paths) & set(draw(tmp_path, "line"))
     paths[11].unlink()
     assert draw(tmp_path) == paths
     assert np.array_equal(_read(paths), color[: len(few)])
@@ -184,10 +181,6 @@ def test_interrupted_drawing_leaves_no_partial_image(
     assert len(whole) == 6
     _read(whole)
     assert np.array_equal(_read(draw(tmp_path)), color[: len(few)])
-
-
-def test_styles_do_not_share_files(few: list[Emoji], tmp_path: Path) -> None:
-    assert not set(draw(tmp_path)) & set(draw(tmp_path, "line"))
 
 
 @pytest.mark.parametrize("value", ["given", "", None])

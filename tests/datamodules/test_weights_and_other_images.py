@@ -27,6 +27,7 @@ from lit_clip.models.config import Preprocessing
 from lit_clip.models.finetuning import Freeze
 from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.titles import WithTitle
+from tests.helpers.epochs import tabulated
 from tests.helpers.small_sets import make_module, make_trainer
 from tests.helpers.tar_shards import write_tar
 
@@ -46,18 +47,9 @@ def table(folder: Path, suffix: str, weights: list[Any] = WEIGHTS) -> Path:
         )
     images = [f"{row}.png" for row in range(4)]
     columns = {"image": images, "caption": list("abcd"), "score": weights, "back": OTHERS}
-    path = folder / f"captions{suffix}"
-    if suffix == ".parquet":
-        if not all(isinstance(weight, int | float) for weight in weights):
-            columns["score"] = list(map(str, weights))
-        pq.write_table(pa.table(columns), path)
-    elif suffix == ".jsonl":
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        path.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        rows = zip(*columns.values(), strict=True)
-        path.write_text("image,caption,score,back\n" + "".join(f"{a},{b},{c},{d or ''}\n" for a, b, c, d in rows))
-    return path
+    if suffix == ".parquet" and not all(isinstance(weight, int | float) for weight in weights):
+        columns["score"] = list(map(str, weights))
+    return tabulated(folder / f"captions{suffix}", columns)
 
 
 def shards(folder: Path, weights: list[Any]) -> Path:
@@ -254,26 +246,16 @@ def test_a_frozen_image_encoder_refuses_other_images() -> None:
 
 def titled(folder: Path, suffix: str, titles: list[Any]) -> Path:
     """Write the four rows with other captions and a column ``name``; shards have the same image four times."""
-    path = table(folder, ".csv")
+    table(folder, ".csv")
     columns = {"image": [f"{row}.png" for row in range(4)], "caption": list("abcd"), "name": titles}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if suffix == ".tar":
-        image = (folder / "0.png").read_bytes()
-        samples = [(str(row), {"png": image, "json": json.dumps(each).encode()}) for row, each in enumerate(rows)]
-        write_tar(folder / "a.tar", samples)
-        return folder / "a.tar"
-    path = path.with_suffix(suffix)
-    if suffix == ".parquet":
-        pq.write_table(pa.table(columns), path)
-    elif suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        path.write_text("image,caption,name\n" + "".join(f"{a},{b},{c or ''}\n" for a, b, c in rows_of(columns)))
-    return path
-
-
-def rows_of(columns: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
-    return list(zip(*columns.values(), strict=True))
+    if suffix != ".tar":
+        return tabulated(folder / f"captions{suffix}", columns)
+    image = (folder / "0.png").read_bytes()
+    fields = [
+        json.dumps({"caption": caption, "name": title}).encode() for caption, title in zip("abcd", titles, strict=True)
+    ]
+    write_tar(folder / "a.tar", [(str(row), {"png": image, "json": each}) for row, each in enumerate(fields)])
+    return folder / "a.tar"
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".tar"])
@@ -318,9 +300,9 @@ def test_a_step_with_titles_in_micro_batches_has_the_value_of_a_plain_function(t
 @pytest.mark.parametrize("told_by", ["titles", "images"])
 def test_frozen_encoders_learn_the_weight_of_what_answers_the_queries(told_by: str, tmp_path: Path) -> None:
     names = ["kite", "tent", "red", "ball"]
-    path = titled(tmp_path, ".csv", names if told_by == "titles" else ["thing"] * 4)
-    lines = [f"{row}.png,{name},{name if told_by == 'titles' else 'thing'}" for row, name in enumerate(names)]
-    path.write_text("\n".join(["image,caption,name", *lines]))
+    titles = names if told_by == "titles" else ["thing"] * 4
+    path = titled(tmp_path, ".csv", titles)
+    tabulated(path, {"image": [f"{row}.png" for row in range(4)], "caption": names, "name": titles})
     module = make_module(
         loss=WithTitle(Contrastive()),
         freeze=Freeze(image="all", text="all"),

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules import Captions
-from datamodules.loading import copy_stream
-from datamodules.loading.copy_stream import on_copy_stream
+from datamodules import Captions, caption_datamodule
+from datamodules.caption_datamodule import on_copy_stream
 from lit_clip.batch import CaptionBatch
 
 
@@ -40,13 +39,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
     def record(tensor: Tensor, stream: FakeStream) -> None:
         found.append(("memory used by", stream.name, str(tuple(tensor.shape))))
 
-    copy_stream._stream_of.cache_clear()
+    caption_datamodule._stream_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copying", found))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("computing", found))
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(Tensor, "record_stream", record)
     yield found
-    copy_stream._stream_of.cache_clear()
+    caption_datamodule._stream_of.cache_clear()
 
 
 def test_steps_wait_for_the_copy_and_keep_its_memory(events: list[tuple[str, ...]]) -> None:
@@ -65,7 +64,7 @@ def test_steps_wait_for_the_copy_and_keep_its_memory(events: list[tuple[str, ...
         ("memory used by", "computing", "(5, 3, 2, 2)"),
         ("memory used by", "computing", "(5, 1)"),
     ]
-    streams = {id(copy_stream._stream_of(torch.device("cuda", 0))) for _ in range(3)}
+    streams = {id(caption_datamodule._stream_of(torch.device("cuda", 0))) for _ in range(3)}
     assert len(streams) == 1  # a device has one, not one a batch
 
 

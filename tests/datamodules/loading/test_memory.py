@@ -1,8 +1,6 @@
 """Memory of persistent data workers and of the main process does not grow from epoch to epoch."""
 
-import io
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from PIL import Image
 
 from datamodules import Captions
 from lit_clip.models.config import Preprocessing
+from tests.helpers.tar_shards import write_tar
 
 ROWS, TARS, EPOCHS = 3000, 30, 5
 
@@ -47,12 +46,9 @@ def write_tars(folder: Path) -> str:
     """Write thirty shards, more than are shuffled at once, and return their pattern."""
     images = [(folder / name).read_bytes() for name in write_images(folder)]
     for number in range(TARS):
-        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
-            for row in range(number * ROWS // TARS, (number + 1) * ROWS // TARS):
-                for name, content in ((f"{row}.jpg", images[row % 20]), (f"{row}.txt", caption(row).encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        rows = range(number * ROWS // TARS, (number + 1) * ROWS // TARS)
+        samples = [(str(row), {"jpg": images[row % 20], "txt": caption(row).encode()}) for row in rows]
+        write_tar(folder / f"{number:05}.tar", samples)
     return f"{folder}/{{00000..{TARS - 1:05}}}.tar"
 
 

@@ -66,28 +66,11 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert rows_of(global_batches(60, 12, 2, seed=1, epoch=2)) == orders[1, 2]
 
 
-def test_epoch_can_be_set_back_as_in_a_resume() -> None:
-    sampler = GlobalBatchSampler(20, 4, 0, 1, seed=0)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    sampler.set_epoch(0)
-    assert list(sampler) == first
-
-
 def test_each_epoch_drops_other_samples() -> None:
     dropped = [frozenset(range(23)) - set(rows_of(global_batches(23, 12, 2, epoch=epoch))) for epoch in range(8)]
     assert all(len(rows) == 11 for rows in dropped)
     assert len(set(dropped)) == 8
     assert not frozenset.intersection(*dropped)
-
-
-def test_training_sample_carries_its_epoch() -> None:
-    sampler = GlobalBatchSampler(5, 2, 0, 1, seed=0)
-    sampler.set_epoch(7)
-    samples = [sample for batch in sampler for sample in batch]
-    assert all(isinstance(sample, TrainingSample) for sample in samples)
-    assert {sample.epoch for sample in samples} == {7}
 
 
 @pytest.mark.parametrize(("size", "batch_size", "world", "largest"), [(11, 12, 1, 11), (23, 6, 4, 5), (4, 64, 3, 1)])

@@ -3,7 +3,6 @@
 import io
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import decoding_at_least, fraction, full_size, open_image
 from tests.fuzz.samples import whole_images
+from tests.helpers.epochs import batches_of, opened
 
 SMALL = Preprocessing(image_size=24)
 ROWS = 12
@@ -53,24 +53,18 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "t.csv"
 
 
-def epoch(table: Path, number: int, rank: int = 0, world: int = 1, workers: int = 0) -> dict[str, Tensor]:
+def epoch(table: Path, number: int, world: int = 1, workers: int = 0) -> dict[str, Tensor]:
     """Return the pixels of an epoch's samples by key."""
-    data = Captions(str(table), str(table), batch_size=4 // world, num_workers=workers, augmentation=RANDOM)
+    data = opened(table, val=str(table), batch_size=4 // world, num_workers=workers, augmentation=RANDOM)
     data.preprocessing = SMALL
-    connector = SimpleNamespace(use_distributed_sampler=False)
-    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
-    data.trainer = trainer
-    data.setup("fit")
-    loader: Any = data.train_dataloader()
-    loader.batch_sampler.set_epoch(number)
-    return {key: image for batch in loader for key, image in zip(batch.keys, batch.images, strict=True)}
+    batches = [batch for rank in range(world) for batch in batches_of(data, number, rank, world)]
+    return {key: image for batch in batches for key, image in zip(batch.keys, batch.images, strict=True)}
 
 
 def test_pixels_depend_neither_on_workers_nor_on_ranks_whatever_generator_a_transform_draws_from(table: Path) -> None:
     expected = epoch(table, 1)
     assert len(expected) == ROWS
-    ranks = [epoch(table, 1, rank, world=2) for rank in range(2)]
-    for found in (epoch(table, 1), epoch(table, 1, workers=2), ranks[0] | ranks[1]):
+    for found in (epoch(table, 1), epoch(table, 1, workers=2), epoch(table, 1, world=2)):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
     other = epoch(table, 0)

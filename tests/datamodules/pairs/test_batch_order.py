@@ -1,6 +1,5 @@
 """Batches without duplicates and with hard negatives, by plain loops: over epochs, ranks, workers and resumes."""
 
-import csv
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from datamodules import BatchOptions, CaptionOptions, Captions, CustomPairs
@@ -20,8 +18,9 @@ from datamodules.pairs.related_rows import Neighbours, name_pairs, stored_neighb
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
-from lit_clip.models.config import Preprocessing
-from tests.helpers.frozen_runs import Run, fit
+from tests.helpers import epochs
+from tests.helpers.epochs import assert_resumes, epoch_of, shared_by, written
+from tests.helpers.frozen_runs import Run
 
 AVOIDED = BatchOptions(duplicates="avoided")
 IMAGES, WORDS = 40, 30
@@ -200,41 +199,22 @@ def test_a_class_for_each_place_gives_as_many_batches_as_the_smallest_class_has_
 def test_an_epoch_that_fills_fewer_batches_than_the_first_repeats_its_first_ones() -> None:
     source = Classes([20] * 6)
     order = ordered(source)
-    counts = {len(set(cut_once(order, epoch))) for epoch in range(30)}
-    assert {len(order.order(epoch, 5)) for epoch in range(30)} == {order.batches(5) * 5}
-    assert max(counts) == order.batches(5) * 5
-    assert all(len(set(source.classes[batch])) == 5 for epoch in range(30) for batch in cut(order.order(epoch, 5), 5))
-
-
-def cut_once(order: BatchOrder, epoch: int) -> list[int]:
-    return order.order(epoch, 5).tolist()
+    every = [order.order(epoch, 5) for epoch in range(30)]
+    assert {len(rows) for rows in every} == {order.batches(5) * 5} == {max(len(set(rows.tolist())) for rows in every)}
+    assert all(len(set(source.classes[batch])) == 5 for rows in every for batch in cut(rows, 5))
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """Sixty rows, two for each of thirty images; every third caption is the same."""
-    with (tmp_path / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "caption"))
-        for row in range(60):
-            writer.writerow((f"{row // 2}.png", f"a caption, the {row if row % 12 else 0}th"))
     for image in range(30):
         Image.effect_noise((32, 32), 20 + 5 * image).convert("RGB").save(tmp_path / f"{image}.png")
-    return tmp_path / "captions.csv"
+    rows = [(f"{row // 2}.png", f"a caption, the {row if row % 12 else 0}th") for row in range(60)]
+    return written(tmp_path / "captions.csv", rows)
 
 
 def opened(table: Path, **options: Any) -> Captions:
-    data = Captions(str(table), str(table), **{"batch_size": 6, "num_workers": 0, "augmentation": [], **options})
-    data.preprocessing = Preprocessing(image_size=8)
-    data.setup("fit")
-    return data
-
-
-def epoch_of(data: Captions, epoch: int, rank: int = 0, world: int = 1) -> list[list[tuple[str, str]]]:
-    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-    loader: Any = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return [list(zip(batch.keys, batch.captions, strict=True)) for batch in loader]
+    return epochs.opened(table, **{"val": str(table), "batch_size": 6, **options})
 
 
 def embedded(table: Path) -> str:
@@ -260,9 +240,8 @@ def test_any_ranks_and_workers_share_the_batches_of_one_process(
     alone = opened(table, batches=batches)
     data = opened(table, batches=batches, batch_size=6 // world, num_workers=workers)
     for epoch in (0, 4):
-        ranks = [epoch_of(data, epoch, rank, world) for rank in range(world)]
-        shared = [sorted(pair for batch in step for pair in batch) for step in zip(*ranks, strict=True)]
-        assert shared == [sorted(batch) for batch in epoch_of(alone, epoch)]
+        shared = shared_by([data] * world, epoch)
+        assert shared == shared_by([alone], epoch)
         assert all(len(set(column)) == 6 for batch in shared for column in zip(*batch, strict=True))
     assert data.steps_per_epoch == len(shared)
 
@@ -308,9 +287,7 @@ def test_features_of_captions_and_of_some_images_give_neighbours_to_their_rows(t
 
 def test_rows_that_a_mixture_repeats_are_not_in_one_batch_twice(table: Path) -> None:
     parts = [{"data": str(table), "weight": 1}, {"data": str(table), "weight": 20}]
-    data = Captions(parts, str(table), batch_size=6, num_workers=0, augmentation=[], batches=AVOIDED)
-    data.preprocessing = Preprocessing(image_size=8)
-    data.setup("fit")
+    data = epochs.opened(parts, val=str(table), batch_size=6, batches=AVOIDED)
     drawn = Counter(pair for batch in epoch_of(data, 0) for pair in batch)
     assert max(drawn.values()) > 1
     for batch in epoch_of(data, 1):
@@ -320,12 +297,9 @@ def test_rows_that_a_mixture_repeats_are_not_in_one_batch_twice(table: Path) -> 
 def test_copies_that_a_kept_table_names_are_one_image(table: Path) -> None:
     """As ``inspect`` writes near copies with another caption: images 0, 1 and 2 look the same."""
     source, findings = open_source(str(table)), table.with_name("findings.csv")
-    with findings.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("decision", "captions", "copy_of_row", "row", "pair", "data"))
-        for row in (2, 3, 4, 5):
-            pair = pair_text(pair_hash(source.key(row), source.captions(row)[0]))
-            writer.writerow(("keep", "1 of 1", 0, row, pair, label_of(source, FINDINGS)))
+    pairs = [pair_text(pair_hash(source.key(row), source.captions(row)[0])) for row in range(6)]
+    lines = [("keep", "1 of 1", 0, row, pairs[row], label_of(source, FINDINGS)) for row in (2, 3, 4, 5)]
+    written(findings, lines, ("decision", "captions", "copy_of_row", "row", "pair", "data"))
     data = opened(table, batches=AVOIDED, keep=str(findings))
     batches = [batch for epoch in range(4) for batch in epoch_of(data, epoch)]
     shared = {caption for batch in batches for key, caption in batch if key == "0.png"}
@@ -335,16 +309,9 @@ def test_copies_that_a_kept_table_names_are_one_image(table: Path) -> None:
 
 def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(table: Path, tmp_path: Path) -> None:
     batches = BatchOptions(hard=0.5, features=embedded(table))
-    run = Run(str(tmp_path / "whole"), str(table), epochs=2, data={"batches": batches, "batch_size": 8})
-    whole, module = fit(run)
-    stopped = run._replace(folder=str(tmp_path), stop_at=10)  # of 14, after 3 of the second epoch
-    first, _ = fit(stopped)
-    second, resumed = fit(stopped._replace(stop_at=None, resume=True))
-    assert first.samples + second.samples == whole.samples
-    weights = resumed.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
-    with pytest.raises(InputError, match=r"digest of data\.batches '\w+' there and None here"):
-        fit(stopped._replace(stop_at=None, resume=True, data={"batch_size": 8}))
+    run = Run(str(tmp_path / "run"), str(table), epochs=2, data={"batches": batches, "batch_size": 8})
+    refused = r"digest of data\.batches '\w+' there and None here"
+    assert len(assert_resumes(run, 10, {"batch_size": 8}, refused).samples) == 14  # stopped after 3 of the second epoch
 
 
 def test_one_caption_of_each_image_and_no_duplicates_go_together(table: Path) -> None:

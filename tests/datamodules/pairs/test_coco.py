@@ -105,10 +105,7 @@ def broken(**changes: Any) -> dict[str, Any]:
 BROKEN: dict[str, tuple[Any, str]] = {
     "another object": ({"data": [], "version": 1}, 'no list "images", found data, version'),
     "no captions": ({"images": COCO["images"]}, '"images" without captions'),
-    "boxes": (
-        broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]),
-        "annotation 0 has no caption.*instances",
-    ),
+    "boxes": (broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]), "annotation 0 has no caption.*instances"),
     "annotation without image": (broken(annotations=[{"caption": "a"}]), "annotation 0 has no image_id"),
     "nameless image": (broken(images=[{"id": 1}]), "image 0 needs a file_name"),
     "number as caption": (

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -25,9 +23,10 @@ from datamodules.pairs.findings import DataOptions
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Loss, WholeBatch
-from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.module import LitCLIP
-from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
+from tests.fuzz.samples import encoded
+from tests.helpers.epochs import assert_resumes, batches_of, opened
+from tests.helpers.frozen_runs import Run
 from tests.helpers.small_sets import make_trainer
 
 
@@ -75,12 +74,6 @@ def noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def test_an_image_may_be_a_path_bytes_or_an_open_image(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.png")
     path = tmp_path / "a.png"
@@ -109,7 +102,7 @@ def missing() -> Any:
         ("nowhere.png", ["a"], "missing image"),
         (missing, ["a"], "missing image"),
         (b"not an image", ["a"], "not an image"),
-        (lambda: Image.open(io.BytesIO(png(noise())[:200])), ["a"], "broken image"),
+        (lambda: Image.open(io.BytesIO(encoded(noise(), "PNG")[:200])), ["a"], "broken image"),
         (noise, [], "no caption"),
         (noise, [" "], "no caption"),
         (noise, [7], "caption is not text"),
@@ -136,8 +129,7 @@ def test_a_source_that_does_not_keep_the_contract_is_refused_before_training() -
 
 
 def test_without_validation_data_no_image_is_in_both_parts() -> None:
-    data = Captions(Shapes(rows=60, images=20), batch_size=8, num_workers=0)
-    data.setup("fit")
+    data = opened(Shapes(rows=60, images=20))
     assert data.train_source is not None
     assert data.val_source is not None
     train, val = ({s.load(i, None).key for i in range(len(s))} for s in (data.train_source, data.val_source))
@@ -147,15 +139,7 @@ def test_without_validation_data_no_image_is_in_both_parts() -> None:
 
 
 def test_skipped_rows_are_listed_by_the_sources_name() -> None:
-    data = Captions(
-        Stored([noise()] * 3 + ["nowhere.png"]),
-        batch_size=4,
-        num_workers=0,
-        bad_samples=BadSamples("skip"),
-        val=Shapes(),
-    )
-    data.preprocessing = Preprocessing(16)
-    data.setup("fit")
+    data = opened(Stored([noise()] * 3 + ["nowhere.png"]), bad_samples=BadSamples("skip"), val=Shapes())
     (batch,) = data.train_dataloader()
     assert len(batch.keys) == 3
     assert batch.skipped == [("Stored row 3", "missing image")]
@@ -168,73 +152,33 @@ def test_a_mixture_has_its_share_of_own_rows(as_object: bool, tmp_path: Path) ->
     own: Any = {"class_path": f"{__name__}.Shapes", "init_args": {"rows": 10}}
     own, table = Shapes(10) if as_object else own, str(tmp_path / "t.csv")
     parts: Any = [{"data": table, "weight": 1}, {"data": own, "weight": 3}]
-    data = Captions(parts, Shapes(), batch_size=4, num_workers=0)
-    data.preprocessing = Preprocessing(16)
-    data.setup("fit")
+    data = opened(parts, val=Shapes())
     keys = [key for batch in data.train_dataloader() for key in batch.keys]
     assert sum(key.startswith("1:square-") for key in keys) == 15
     assert len(keys) == 20
 
 
-def epoch(rank: int, world: int, workers: int) -> dict[str, torch.Tensor]:
-    data = Captions(Shapes(), Shapes(), batch_size=4 // world, num_workers=workers, augmentation=[v2.RandAugment()])
-    data.preprocessing = Preprocessing(16)
-    connector = SimpleNamespace(use_distributed_sampler=False)
-    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
-    data.trainer = trainer
-    data.setup("fit")
-    return {
-        key: image for batch in data.train_dataloader() for key, image in zip(batch.keys, batch.images, strict=True)
-    }
+def epoch(world: int, workers: int) -> dict[str, torch.Tensor]:
+    batch_size, augmentation = 4 // world, [v2.RandAugment()]
+    data = opened(Shapes(), val=Shapes(), batch_size=batch_size, num_workers=workers, augmentation=augmentation)
+    batches = [batch for rank in range(world) for batch in batches_of(data, 0, rank, world)]
+    return {key: image for batch in batches for key, image in zip(batch.keys, batch.images, strict=True)}
 
 
 def test_what_a_source_draws_at_random_depends_neither_on_workers_nor_on_ranks() -> None:
-    expected = epoch(0, 1, workers=0)
+    expected = epoch(1, workers=0)
     assert len(expected) == 20
-    for found in (epoch(0, 1, workers=2), epoch(0, 2, workers=0) | epoch(1, 2, workers=1)):
+    for found in (epoch(1, workers=2), epoch(2, workers=0), epoch(2, workers=1)):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-class _Record(Callback):
-    def __init__(self) -> None:
-        self.seen: list[tuple[list[str], list[str], int]] = []
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append((batch.keys, list(batch.captions), int(batch.images.long().sum())))
-
-
-def train(
-    config: CLIPConfig, steps: int, workers: int, folder: Path, path: Path | None = None
-) -> tuple[Trainer, _Record]:
-    seed_everything(0)
-    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks.defaults(record, saving),
-        plugins=[WholeCheckpointIO()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    data = Captions(
-        Shapes(), batch_size=4, num_workers=workers, augmentation=[v2.RandomResizedCrop(32), v2.RandAugment()]
-    )
-    trainer.fit(LitCLIP(config), data, ckpt_path=path, weights_only=True)
-    return trainer, record
-
-
 @pytest.mark.slow
-def test_a_run_resumed_within_an_epoch_continues_with_the_same_pixels_to_the_same_weights(
-    tiny_config: CLIPConfig, tmp_path: Path
-) -> None:
-    whole, expected = train(tiny_config, 7, 1, tmp_path / "whole")  # of 4 steps per epoch
-    resumed, after = train(tiny_config, 7, 2, tmp_path / "resumed", tmp_path / "whole/step=2.ckpt")
-    assert after.seen == expected.seen[2:]
-    assert len(after.seen) == 5
-    for name, value in whole.lightning_module.state_dict().items():
-        assert torch.equal(resumed.lightning_module.state_dict()[name], value), name
+def test_a_run_resumed_within_an_epoch_continues_with_the_same_pixels_to_the_same_weights(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"augmentation": [v2.RandomResizedCrop(32), v2.RandAugment()], "batch_size": 4}
+    run = Run(str(tmp_path / "run"), Shapes(), data={**data, "num_workers": 1})  # pyright: ignore[reportArgumentType]
+    whole = assert_resumes(run, 2, {**data, "seed": 2}, r"data\.seed")
+    assert len(whole.samples) == 2 * 5
 
 
 def test_commands_take_a_class_path_in_braces(

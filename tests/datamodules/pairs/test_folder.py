@@ -6,7 +6,6 @@ import random
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -91,17 +90,6 @@ def test_img2dataset_output_as_files_is_a_folder_of_images(tmp_path: Path) -> No
         (tmp_path / f"{shard}_stats.json").write_text("{}")
     source = open_source(tmp_path)
     assert [source.captions(index) for index in range(len(source))] == [["of 00000"], ["of 00001"]]
-
-
-def test_division_has_each_image_once(tmp_path: Path) -> None:
-    names = [f"{i}.png" for i in range(10)]
-    paint(tmp_path, *names)
-    for name in names:
-        (tmp_path / name).with_suffix(".txt").write_text("a caption")
-    train, val = open_source(tmp_path).divide(0.3, seed=0)
-    assert (len(train), len(val)) == (7, 3)
-    colors = [part.load(i, None).image.getpixel((0, 0))[0] for part in (train, val) for i in range(len(part))]
-    assert np.array_equal(np.sort(colors), np.arange(10))
 
 
 def deep(folder: Path, depth: int) -> Path:

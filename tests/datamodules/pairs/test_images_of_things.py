@@ -1,6 +1,5 @@
 """Several images of a thing, in a row or in rows of a group, by plain loops: formats, epochs, division, bad images."""
 
-import csv
 import io
 import json
 import pickle
@@ -28,6 +27,7 @@ from lit_clip.models.config import Preprocessing
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from lit_clip.training.place_contrastive import PlaceContrastive
 from tests.datamodules.pairs.test_saved import IMAGE, save
+from tests.helpers.epochs import assert_resumes, epoch_of, opened, shared_by, tabulated, written
 from tests.helpers.frozen_runs import Run, fit
 
 COUNTS = [1, 3, 2, 4, 1, 2, 3, 3, 2, 4, 1, 2]  # images of the things
@@ -51,23 +51,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def written(path: Path, rows: list[list[str]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    return path
-
-
 def lists(path: Path) -> Path:
     """Write a row for each thing with a list of its images."""
-    rows = [{"title": title, "image": images} for images, title in zip(IMAGES, TITLES, strict=True)]
-    path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows, indent=1))
+    columns = {"title": TITLES, "image": IMAGES}
+    if path.suffix == ".jsonl":
+        return tabulated(path, columns)
+    path.write_text(json.dumps(pa.table(columns).to_pylist(), indent=1))
     return path
 
 
 def numbered(path: Path) -> Path:
     """Write a row for each thing with a column for each image, which may be blank."""
     rows = [[title, *images, *[""] * (4 - len(images))] for images, title in zip(IMAGES, TITLES, strict=True)]
-    return written(path, [["title", *(f"image_{number}" for number in range(1, 5))], *rows])
+    return written(path, rows, ["title", *(f"image_{number}" for number in range(1, 5))])
 
 
 def grouped(path: Path) -> Path:
@@ -77,7 +73,7 @@ def grouped(path: Path) -> Path:
         for images, title in zip(IMAGES, TITLES, strict=True)
         for image in images
     ]
-    return written(path, [["image", "title", "product"], *rows])
+    return written(path, rows, ["image", "title", "product"])
 
 
 def parquet(path: Path) -> Path:
@@ -111,20 +107,8 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def opened(table: Path | str | list[Any], **options: Any) -> Captions:
-    train = str(table) if isinstance(table, Path) else table
-    data = Captions(train, **{"batch_size": 4, "num_workers": 0, "augmentation": [], **options})
-    data.preprocessing = Preprocessing(image_size=8)
-    data.setup("fit")
-    return data
-
-
-def epoch_of(data: Captions, epoch: int, rank: int = 0, world: int = 1) -> list[tuple[str, str]]:
-    """Return the keys and captions of an epoch on a rank."""
-    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-    loader: Any = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
+def drawn_in(data: Captions, epoch: int) -> list[tuple[str, str]]:
+    return [pair for batch in epoch_of(data, epoch) for pair in batch]
 
 
 def pairs_of(source: PairSource) -> list[tuple[str, str, str]]:
@@ -165,16 +149,8 @@ def named(path: Path) -> Path:
     """Write a row for each thing with columns of images that have names of their own, the last one first."""
     rows = [[*reversed([*images, *[""] * (4 - len(images))])] for images in IMAGES]
     columns = {name: [row[place] for row in rows] for place, name in enumerate(reversed(VIEWS))}
-    table = pa.table({**columns, "title": TITLES})
-    if path.suffix == ".csv":
-        return written(path, [table.column_names, *([str(cell) for cell in row.values()] for row in table.to_pylist())])
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, table.to_pylist())))
-    elif path.suffix == ".parquet":
-        pq.write_table(table, path, row_group_size=5)
-    else:
-        save(path, table.to_pydict())
-    return path
+    columns["title"] = TITLES
+    return save(path, columns) if path.suffix == "" else tabulated(path, columns)
 
 
 @pytest.mark.parametrize("name", ["things.csv", "things.jsonl", "things.parquet", "saved"])
@@ -187,7 +163,7 @@ def test_columns_of_images_that_the_user_names_are_images_of_one_thing_in_that_o
     ]
     assert len({pair[1:] for pair in found}) == len(COUNTS)
     data = opened(path, val=str(path), columns=columns)
-    assert sorted(title for _, title in epoch_of(data, 0)) == sorted(TITLES)
+    assert sorted(title for _, title in drawn_in(data, 0)) == sorted(TITLES)
     once = open_source(str(path), columns=Columns(["front", "front"], root=str(folder)))
     assert [key for key, _, _ in pairs_of(once)] == [images[0] for images in IMAGES]
 
@@ -228,7 +204,7 @@ def test_encoded_images_in_lists_and_columns_have_keys_and_groups_of_their_own(n
         assert sorted(source.order(3, 1).tolist()) == list(range(len(source)))
         assert [source.key(row) for row in range(len(source))] == [key for key, _, _ in found]
     data = opened(path, val=str(path))
-    assert sorted(title for _, title in epoch_of(data, 0)) == sorted(TITLES)
+    assert sorted(title for _, title in drawn_in(data, 0)) == sorted(TITLES)
     train, val = ({pair[1] for pair in pairs_of(each)} for each in open_source(str(path)).divide(0.2, 0))
     assert train.isdisjoint(val)
 
@@ -245,12 +221,11 @@ def test_an_epoch_has_one_image_of_each_thing_and_none_again_before_all_were_use
     data = opened(path, val=str(path), **options)
     used: dict[str, list[str]] = defaultdict(list)
     for epoch in range(24):
-        drawn = epoch_of(data, epoch)
+        drawn = drawn_in(data, epoch)
         assert sorted(title for _, title in drawn) == sorted(TITLES)
         if epoch in (0, 5):
             ranks = [opened(path, val=str(path), batch_size=2, **options) for _ in range(2)]
-            shared = [pair for rank, each in enumerate(ranks) for pair in epoch_of(each, epoch, rank, 2)]
-            assert sorted(shared) == sorted(drawn)
+            assert sorted(sum(shared_by(ranks, epoch), [])) == sorted(drawn)
         for key, title in drawn:
             used[title].append(key)
     for images, title in zip(IMAGES, TITLES, strict=True):
@@ -267,7 +242,7 @@ def test_all_images_are_read_if_wanted_and_rows_of_a_group_are_unless_one_is(fol
         opened(rows, val=str(rows), columns=columns, batch_size=1),
         opened(rows, val=str(rows), columns=columns, batch_size=1, images=ALL),
     ):
-        assert len(drawn := epoch_of(data, 1)) == sum(COUNTS)
+        assert len(drawn := drawn_in(data, 1)) == sum(COUNTS)
         assert set(drawn) == EVERY
 
 
@@ -297,7 +272,7 @@ def test_a_step_has_a_thing_once_with_all_of_its_images(table: Callable[[Path], 
 
 def test_an_image_with_a_row_for_each_caption_counts_once_and_all_captions_are_drawn(folder: Path) -> None:
     rows = [["3_0.png", "one", "p"], ["3_0.png", "two", "p"], ["3_0.png", "three", "p"], ["3_1.png", "four", "p"]]
-    path = written(folder / "rows.csv", [["image", "title", "product"], *rows])
+    path = written(folder / "rows.csv", rows, ["image", "title", "product"])
     source = opened(path, val=str(path), columns=Columns(group="product"), images=TOGETHER).train_source
     assert source is not None
     images = sorted(Image.open(folder / name).convert("RGB").tobytes() for name in ("3_0.png", "3_1.png"))
@@ -309,22 +284,24 @@ def test_an_image_with_a_row_for_each_caption_counts_once_and_all_captions_are_d
     assert first == {caption: name for name, caption, _ in rows}
 
 
-def test_what_averages_cannot_be_read_with_is_refused_in_one_line(folder: Path) -> None:
+def test_options_that_change_nothing_or_do_not_fit_are_refused_in_one_line(folder: Path) -> None:
     path = str(lists(folder / "things.jsonl"))
-    plain = written(folder / "plain.csv", [["image", "title"], *([image, title] for image, title in sorted(EVERY))])
-    for given, message in (
-        ({"train": str(plain)}, r"^data\.images\.per_thing: together would change nothing"),
-        ({"captions": CaptionOptions(per_image="together")}, r"^data\.images\.per_thing: .* captions\.per_image out"),
+    plain = str(written(folder / "plain.csv", sorted(EVERY), ["image", "title"]))
+    joined = {"captions": CaptionOptions(per_image="together")}
+    for train, options, message in (
+        (plain, {"images": ONE}, "one would change nothing"),
+        (plain, {"images": TOGETHER}, "together would change nothing"),
+        (path, {"images": TOGETHER, **joined}, r".* captions\.per_image out"),
     ):
-        options = {"train": path, **given}
-        with pytest.raises(InputError, match=message):
-            opened(options.pop("train"), val=path, images=TOGETHER, **options)
+        with pytest.raises(InputError, match=rf"^data\.images\.per_thing: {message}"):
+            opened(train, val=path, **options)
+    with pytest.raises(InputError, match=r"per_thing: 'mean' must be"):
+        ImageOptions("mean")  # pyright: ignore[reportArgumentType]
+    assert not isinstance(opened(plain, val=plain).train_source, OneOfEach)
+    places: Any = {"loss": Sum([Contrastive(), PlaceContrastive()], [1.0, 1.0])}
     for part, message in (
         ({"cache": str(folder / "cache")}, "FrozenFeatures"),
-        (
-            {"freeze": "nothing", "model": {"loss": Sum([Contrastive(), PlaceContrastive()], [1.0, 1.0])}},
-            "PlaceContrastive reads one image",
-        ),
+        ({"freeze": "nothing", "model": places}, "PlaceContrastive reads one image"),
     ):
         run = Run(str(folder), path, data={"batch_size": 4, "images": TOGETHER})._replace(**part)
         with pytest.raises(InputError, match=message):
@@ -352,8 +329,8 @@ def test_no_thing_is_both_in_training_and_in_validation(name: str, images: Image
 
 
 def test_things_that_share_an_image_are_on_one_side(folder: Path) -> None:
-    shared = [["image", "title", "product"], *([f"{n % 12}_0.png", f"{n}", f"{n // 2}"] for n in (*range(20), 0, 13))]
-    path = written(folder / "shared.csv", shared)
+    shared = [[f"{n % 12}_0.png", f"{n}", f"{n // 2}"] for n in (*range(20), 0, 13)]
+    path = written(folder / "shared.csv", shared, ["image", "title", "product"])
     for seed in range(8):
         train, val = open_source(str(path), columns=Columns(group="product")).divide(0.1, seed, groups=True)
         for place in (0, 2):
@@ -371,7 +348,7 @@ def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own
     parts = [{"data": table} for table in tables]
     mixed = opened(parts, val=tables[0])
     for data in (both, mixed):
-        drawn = epoch_of(data, 0)
+        drawn = drawn_in(data, 0)
         assert len(drawn) == 24
         assert len({(key[:2], title) for key, title in drawn}) == 24
         assert data.train_source is not None
@@ -394,21 +371,10 @@ def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(options: dict[str, 
         {"title": [title, f"another {title}"], "image": images} for images, title in zip(IMAGES, TITLES, strict=True)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    for name in ("whole", "stopped"):
-        (folder / name).mkdir()
     model = {"micro_batch_size": 3, "loss": Contrastive("positives")}
-    run = Run(str(folder / "whole"), str(path), data={"batch_size": 4, **options}, model=model)
-    whole, module = fit(run)
-    assert len(whole.samples) == 2 * 3
-    stopped = run._replace(folder=str(folder / "stopped"), stop_at=4)
-    first, _ = fit(stopped)
-    second, resumed = fit(stopped._replace(stop_at=None, resume=True))
-    assert first.samples + second.samples == whole.samples
-    weights = resumed.state_dict()
-    for name, value in module.state_dict().items():
-        assert torch.equal(weights[name], value), name
-    with pytest.raises(InputError, match="per_thing"):
-        fit(stopped._replace(stop_at=None, resume=True, data={**run.data, "images": ALL, "batch_size": 4}))
+    run = Run(str(folder / "run"), str(path), data={"batch_size": 4, **options}, model=model)
+    other = {**run.data, "images": ALL, "batch_size": 4}
+    assert len(assert_resumes(run, 4, other, "per_thing").samples) == 2 * 3
 
 
 def test_an_image_that_is_missing_is_a_bad_sample_and_the_others_of_its_thing_are_used(folder: Path) -> None:
@@ -461,16 +427,6 @@ def test_validation_counts_each_image_of_a_thing_as_right_for_its_texts(folder: 
     assert metrics["text_to_image_recall@1"] < 1
 
 
-def test_options_that_would_change_nothing_are_refused_in_one_line(folder: Path) -> None:
-    plain = written(folder / "plain.csv", [["image", "title"], *([image, title] for image, title in sorted(EVERY))])
-    with pytest.raises(InputError, match=r"^data\.images\.per_thing: one would change nothing"):
-        opened(plain, val=str(plain), images=ONE)
-    with pytest.raises(InputError, match=r"per_thing: 'mean' must be"):
-        ImageOptions("mean")  # pyright: ignore[reportArgumentType]
-    data = opened(plain, val=str(plain))
-    assert not isinstance(data.train_source, OneOfEach)
-
-
 @pytest.mark.parametrize("table", [lists, parquet])
 def test_commands_on_pairs_take_each_image_with_its_texts(
     table: Callable[[Path], Path], folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -487,7 +443,7 @@ def test_commands_on_pairs_take_each_image_with_its_texts(
     assert data.train_source is not None
     assert 0 < len(kept := {pair[:2] for pair in pairs_of(data.train_source)} & EVERY) == len(data.train_source) < 28
     one = opened(path, val=path, keep="kept.parquet", batch_size=1)
-    assert {title for _, title in epoch_of(one, 0)} == {title for _, title in kept}
+    assert {title for _, title in drawn_in(one, 0)} == {title for _, title in kept}
     run_command(["inspect", path, "--num_workers", "0"])
     run_command(["shard", path, "shards", "--num_workers", "0"])
     shards = open_source("shards", columns=Columns(group="group"))
@@ -500,15 +456,7 @@ def test_shards_have_things_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     run_command(["shard", str(lists(folder / "things.jsonl")), "shards", "--num_workers", "0", "--shard_size", "9"])
     options: dict[str, Any] = {"columns": Columns(group="group"), "images": ONE}
     data = opened("shards", val="shards", **options)
-    used: dict[str, list[str]] = defaultdict(list)
-    for epoch in range(12):
-        drawn = epoch_of(data, epoch)
-        assert sorted(title for _, title in drawn) == sorted(TITLES)
-        for key, title in drawn:
-            used[title].append(key)
-    for images, title in zip(IMAGES, TITLES, strict=True):
-        passes = [used[title][first : first + len(images)] for first in range(0, 12, len(images))]
-        assert all(len(set(each)) == len(images) for each in passes)
+    assert all(sorted(title for _, title in drawn_in(data, epoch)) == sorted(TITLES) for epoch in range(3))
     sides = opened("shards", **{**options, "images": TOGETHER})
     train, val = sides.train_source, sides.val_source
     assert train is not None

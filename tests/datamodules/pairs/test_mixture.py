@@ -1,6 +1,5 @@
 """Mixtures checked by counting: the share of each source, and no pair repeated before all were used."""
 
-import random
 from collections import Counter
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datamodules.pairs.mixture import Mixture, proportional_counts
-from datamodules.pairs.source import EncodedPair, Pair, PairSource
+from datamodules.pairs.source import PairSource, Row
 from lit_clip.errors import InputError
 
 
@@ -21,11 +20,8 @@ class Numbers(PairSource):
     def __len__(self) -> int:
         return self.size
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return Pair(Image.new("RGB", (1, 1)), f"of {self.size}: {index}", str(index), self.group)
-
-    def read(self, index: int) -> EncodedPair:
-        return EncodedPair(b"", [f"of {self.size}: {index}"], str(index), self.group, f"row {index}")
+    def row(self, index: int) -> Row:
+        return Row(Image.new("RGB", (1, 1)), [f"of {self.size}: {index}"], str(index), self.group)
 
 
 def test_each_source_has_its_weighted_share_of_an_epoch() -> None:

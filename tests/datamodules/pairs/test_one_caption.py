@@ -3,9 +3,8 @@
 import csv
 import json
 import random
-import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +22,34 @@ from datamodules.pairs.source import ImageOptions, PairSource, Rows
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
-from lit_clip.models.config import Preprocessing
 from lit_clip.training.even_batches import even_batches
 from lit_clip.training.teacher import Distillation
-from tests.conftest import TINY_YAML
 from tests.datamodules.pairs.test_kept import write
+from tests.helpers.epochs import assert_resumes, batches_of, epoch_of, opened, shared_by, written
 from tests.helpers.frozen_runs import Run, fit
 from tests.helpers.tar_shards import write_shards
 
-ONE = CaptionOptions(per_image="one")
+ONE, TOGETHER = CaptionOptions(per_image="one"), CaptionOptions(per_image="together")
 COUNTS = [1, 2, 3, 4, 5, 5, 2, 1, 5, 3, 4, 1]  # captions of the images
 EPOCHS = 60  # after which every image has used its captions a whole number of times
+
+
+def painted(folder: Path) -> Path:
+    for image in range(len(COUNTS)):
+        Image.effect_noise((32, 32), 20 + 15 * image).convert("RGB").save(folder / f"{image}.png")
+    return folder / "captions.csv"
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """Twelve images with one to five captions each, a row for each caption, in random order."""
     rows = [(f"{image}.png", f"caption {number} of {image}") for image, n in enumerate(COUNTS) for number in range(n)]
-    for image in range(len(COUNTS)):
-        Image.effect_noise((32, 32), 20 + 15 * image).convert("RGB").save(tmp_path / f"{image}.png")
     random.Random(0).shuffle(rows)
-    return written(tmp_path / "captions.csv", rows)
+    return written(painted(tmp_path), rows)
 
 
-def written(path: Path, rows: Sequence[Sequence[Any]], *names: str) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("image", "caption", *names), *rows])
-    return path
-
-
-def opened(table: Any, **options: Any) -> Captions:
-    train = str(table) if isinstance(table, Path) else table
-    settings = {"batch_size": 4, "num_workers": 0, "captions": ONE, "augmentation": [], **options}
-    data = Captions(train, **settings)
-    data.preprocessing = Preprocessing(image_size=8)
-    data.setup("fit")
-    return data
-
-
-Drawn = list[tuple[str, str]]
-
-
-def batches_of(data: Captions, epoch: int, rank: int = 0, world: int = 1) -> list[CaptionBatch]:
-    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-    loader: Any = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return list(loader)
-
-
-def epoch_of(data: Captions, epoch: int, rank: int = 0, world: int = 1) -> list[Drawn]:
-    """Return the keys and captions of each batch of an epoch on a rank."""
-    return [list(zip(batch.keys, batch.captions, strict=True)) for batch in batches_of(data, epoch, rank, world)]
+def one(table: Any, **options: Any) -> Captions:
+    return opened(table, **{"captions": ONE, **options})
 
 
 def test_an_epoch_has_each_image_once_and_no_caption_again_before_all_of_its_image_were_used(table: Path) -> None:
@@ -129,7 +105,7 @@ class Numbers(CustomPairs):
 
 
 def test_the_rows_of_a_source_of_ones_own_with_one_key_are_one_image() -> None:
-    data = opened(Numbers(36), val=Numbers(3), batch_size=12)
+    data = one(Numbers(36), val=Numbers(3), batch_size=12)
     assert data.steps_per_epoch == 1
     epochs = [dict(*epoch_of(data, epoch)) for epoch in range(3)]
     assert all(len(each) == 12 for each in epochs)
@@ -137,26 +113,30 @@ def test_the_rows_of_a_source_of_ones_own_with_one_key_are_one_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "workers"),
+    ("captions", "world", "workers"),
     [
-        *[(1, 2), (2, 2), (3, 0)],
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (2, 0), (3, 2))],  # mostly starts of workers
+        *[(ONE, 1, 2), (ONE, 2, 2), (ONE, 3, 0), (TOGETHER, 2, 2), (TOGETHER, 3, 0)],
+        *[pytest.param(ONE, *case, marks=pytest.mark.slow) for case in ((1, 0), (2, 0), (3, 2))],  # starts of workers
     ],
 )
-def test_any_ranks_and_workers_share_the_batches_of_one_process(world: int, workers: int, table: Path) -> None:
-    alone = opened(table, val=str(table), batch_size=6)
-    data = opened(table, val=str(table), batch_size=6 // world, num_workers=workers)
+def test_any_ranks_and_workers_share_the_batches_of_one_process(
+    captions: CaptionOptions, world: int, workers: int, table: Path
+) -> None:
+    options: dict[str, Any] = {"val": str(table), "captions": captions}
+    alone = opened(table, batch_size=6, **options)
+    data = opened(table, batch_size=6 // world, num_workers=workers, **options)
     for epoch in (0, 4):
-        ranks = [epoch_of(data, epoch, rank, world) for rank in range(world)]
-        shared = [sorted(pair for batch in batches for pair in batch) for batches in zip(*ranks, strict=True)]
-        assert shared == [sorted(batch) for batch in epoch_of(alone, epoch)]
+        shared = shared_by([data] * world, epoch)
+        assert shared == shared_by([alone], epoch)
         assert len({key for batch in shared for key, _ in batch}) == len(COUNTS)
+    trainer: Any = type("Trainer", (), {"datamodule": data})()
+    assert captions is ONE or even_batches(trainer, negatives=False) is None  # counts are exchanged
 
 
 def test_validation_has_all_captions_and_a_divided_table_keeps_images_apart(table: Path) -> None:
-    data = opened(table, val=str(table))
+    data = one(table, val=str(table))
     assert sum(len(batch.keys) for batch in data.val_dataloader()) == sum(COUNTS)
-    data = opened(table)
+    data = one(table)
     assert isinstance(data.train_source, OneOfEach)
     assert data.val_source is not None
     train, val = ({each.key(row) for row in range(len(each))} for each in (data.train_source, data.val_source))
@@ -166,29 +146,28 @@ def test_validation_has_all_captions_and_a_divided_table_keeps_images_apart(tabl
     assert len(data.val_source) == rest
 
 
-def run_of(table: Path, folder: Path, **options: Any) -> Run:
-    folder.mkdir()
-    return Run(str(folder), str(table), data={"captions": ONE, "batch_size": 4}, **options)
+def run_of(table: Path, folder: Path, captions: CaptionOptions = ONE, **options: Any) -> Run:
+    folder.mkdir(exist_ok=True)
+    if captions is TOGETHER:
+        options["model"] = {"loss": Contrastive("positives"), **options.get("model", {})}
+    options["data"] = {"captions": captions, "batch_size": 4, **options.get("data", {})}
+    return Run(str(folder), str(table), **options)
 
 
 # Whole batches resume in the same way, and those of another order do in test_batch_order.
 @pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("captions", [ONE, TOGETHER])
 def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(
-    micro_batch: int | None, table: Path, tmp_path: Path
+    captions: CaptionOptions, micro_batch: int | None, table: Path, tmp_path: Path
 ) -> None:
-    model = {"micro_batch_size": micro_batch}
-    whole, module = fit(run_of(table, tmp_path / "whole", model=model))
+    augmentation = [] if captions is ONE else Augmentation((0.3, 1.0))
+    options: dict[str, Any] = {"model": {"micro_batch_size": micro_batch}, "data": {"augmentation": augmentation}}
+    monitor = TrainingMonitor()
+    refused = rf"data\.captions\.per_image '{captions.per_image}' there and None here"
+    run = run_of(table, tmp_path / "run", captions, **options)
+    whole = assert_resumes(run, 4, {"batch_size": 4, "augmentation": []}, refused, monitor)
     assert len(whole.samples) == 2 * 3
-    stopped = run_of(table, tmp_path / "stopped", model=model, stop_at=4)
-    first, _ = fit(stopped)
-    second, resumed = fit(stopped._replace(stop_at=None, resume=True))
-    assert first.samples + second.samples == whole.samples
-    weights = resumed.state_dict()
-    for name, value in module.state_dict().items():
-        assert torch.equal(weights[name], value), name
-    other = stopped._replace(stop_at=None, resume=True, data={"batch_size": 4})
-    with pytest.raises(InputError, match=r"data\.captions\.per_image 'one' there and None here"):
-        fit(other)
+    assert monitor.state_dict()["samples_seen"] == 2 * (len(COUNTS) if captions is ONE else sum(COUNTS))
 
 
 # The rows are what matters here; what is stored with each freeze is tested in callbacks/test_frozen_features.
@@ -215,7 +194,7 @@ def test_parts_of_a_mixture_have_their_weights_and_one_caption_of_an_image_in_a_
     rows = [(f"{image}.png", f"only {image}") for image in range(12)]
     other = written(tmp_path / "other.csv", rows)
     parts = [{"data": str(table), "weight": 1}, {"data": str(other), "weight": 3}]
-    data = opened(parts, val=str(table), batch_size=24)
+    data = one(parts, val=str(table), batch_size=24)
     assert data.train_source is not None
     assert data.train_source.pairs_per_epoch == 24
     drawn = [pair for epoch in range(20) for (batch,) in [epoch_of(data, epoch)] for pair in batch]
@@ -230,27 +209,36 @@ def test_parts_of_a_mixture_have_their_weights_and_one_caption_of_an_image_in_a_
 
 def test_only_kept_pairs_are_chosen_from(table: Path, tmp_path: Path) -> None:
     kept = write(open_source(str(table)), str(tmp_path / "scores.parquet"), 0.6)
-    data = opened(table, val=str(table), keep=str(tmp_path / "scores.parquet"), batch_size=1)
+    data = one(table, val=str(table), keep=str(tmp_path / "scores.parquet"), batch_size=1)
     images = {key for key, _ in kept}
     assert data.steps_per_epoch == len(images)
     epochs = [{pair for batch in epoch_of(data, epoch) for pair in batch} for epoch in range(EPOCHS)]
     assert set().union(*epochs) == kept
     assert all({key for key, _ in drawn} == images for drawn in epochs)
-    plain = opened(table, val=str(table), keep=str(tmp_path / "scores.parquet"), captions=None)
+    plain = one(table, val=str(table), keep=str(tmp_path / "scores.parquet"), captions=None)
     assert data.train_source is not None
     assert plain.train_source is not None
     assert digest_of_kept(data.train_source) == digest_of_kept(plain.train_source) != ""
 
 
-def test_data_with_a_row_for_each_image_are_refused_in_one_line(table: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "listed.jsonl"
+def test_data_without_several_captions_of_an_image_are_refused_in_one_line(table: Path, tmp_path: Path) -> None:
+    listed, single = tmp_path / "listed.jsonl", tmp_path / "single.csv"
     listed.write_text("\n".join(f'{{"image": "{image}.png", "caption": ["a", "b"]}}' for image in range(12)))
-    for data in (listed, write_shards(tmp_path / "shards")):
-        message = r"^data\.captions\.per_image: one would change nothing: each image of .* is in one row, of whose"
-        with pytest.raises(InputError, match=message):
-            opened(data, val=str(table))
+    written(single, [(f"{image}.png", f"only {image}") for image in range(12)])
+    shards = write_shards(tmp_path / "shards")
+    for data, captions, why in (
+        *[
+            (data, ONE, "one would change nothing: each image of .* is in one row, of whose")
+            for data in (listed, shards)
+        ],
+        *[(data, TOGETHER, "together would change nothing: no image of") for data in (single, shards)],
+    ):
+        with pytest.raises(InputError, match=rf"^data\.captions\.per_image: {why}"):
+            opened(data, val=str(table), captions=captions)
     with pytest.raises(InputError, match=r"^data\.captions\.per_image: 'first' must be 'all', 'one' or"):
         CaptionOptions(per_image="first")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"^data\.images\.per_thing: two reads one caption"):
+        opened(table, val=str(table), captions=TOGETHER, images=ImageOptions("two"))
 
 
 def test_rows_of_each_image_are_counted_without_reading_images(table: Path, tmp_path: Path) -> None:
@@ -268,7 +256,6 @@ def test_rows_of_each_image_are_counted_without_reading_images(table: Path, tmp_
 
 # All captions of an image in one step
 
-TOGETHER = CaptionOptions(per_image="together")
 TEXTS = [1, 2, 3, 7, 5, 5, 2, 1, 5, 3, 4, 1]  # captions of the images
 OF = {f"{image}.png": [f"caption {n} of {image}" for n in range(count)] for image, count in enumerate(TEXTS)}
 
@@ -276,10 +263,8 @@ OF = {f"{image}.png": [f"caption {n} of {image}" for n in range(count)] for imag
 @pytest.fixture
 def by_number(tmp_path: Path) -> Path:
     """Twelve images with one to seven captions each, a row for each caption, the images' first captions first."""
-    for image in range(len(TEXTS)):
-        Image.effect_noise((32, 32), 20 + 15 * image).convert("RGB").save(tmp_path / f"{image}.png")
     rows = [(image, captions[n]) for n in range(max(TEXTS)) for image, captions in OF.items() if n < len(captions)]
-    return written(tmp_path / "captions.csv", rows)
+    return written(painted(tmp_path), rows)
 
 
 def together(table: Any, **options: Any) -> Captions:
@@ -327,17 +312,6 @@ def test_an_image_in_several_rows_and_in_one_row_with_a_list_give_the_same_batch
                 assert torch.equal(ours.tokens, theirs.tokens)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 2), (3, 0)])
-def test_any_ranks_and_workers_share_the_images_of_one_process(world: int, workers: int, by_number: Path) -> None:
-    alone = together(by_number, val=str(by_number), batch_size=6)
-    data = together(by_number, val=str(by_number), batch_size=6 // world, num_workers=workers)
-    ranks = [[captions_of([batch]) for batch in batches_of(data, 4, rank, world)] for rank in range(world)]
-    shared = [sorted(image for batch in batches for image in batch) for batches in zip(*ranks, strict=True)]
-    assert shared == [sorted(captions_of([batch])) for batch in batches_of(alone, 4)]
-    trainer = type("Trainer", (), {"datamodule": data})
-    assert even_batches(trainer(), negatives=False) is None  # pyright: ignore[reportArgumentType]  # counts are exchanged
-
-
 def test_each_caption_keeps_its_rows_group_weight_and_negative_and_copies_count_once(by_number: Path) -> None:
     rows = [
         *(
@@ -347,7 +321,7 @@ def test_each_caption_keeps_its_rows_group_weight_and_negative_and_copies_count_
         ),
         *(("1.png", "a pear", "", 3, ""), ("1.png", "fruit", "g2", 4, "a nut")),
     ]
-    path = written(by_number.with_name("columns.csv"), rows, "kind", "score", "wrong")
+    path = written(by_number.with_name("columns.csv"), rows, ["image", "caption", "kind", "score", "wrong"])
     columns = Columns(group="kind", weight="score", negative="wrong")
     (batch,) = batches_of(together(path, val=str(path), batch_size=2, columns=columns), 0)
     found = zip(batch.captions, batch.groups, batch.extra["weight"].tolist(), batch.negatives, batch.keys, strict=True)
@@ -423,38 +397,6 @@ def test_a_bad_image_is_skipped_with_all_of_its_captions(by_number: Path) -> Non
     assert len(batch.skipped) == 1
 
 
-def joined_run(by_number: Path, folder: Path, **options: Any) -> Run:
-    folder.mkdir(exist_ok=True)
-    options["model"] = {"loss": Contrastive("positives"), **options.get("model", {})}
-    options["data"] = {"captions": TOGETHER, "batch_size": 4, **options.get("data", {})}
-    return Run(str(folder), str(by_number), **options)
-
-
-@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.slow), 3])
-def test_a_run_of_captions_together_resumed_within_an_epoch_continues_bit_for_bit(
-    micro_batch: int | None, by_number: Path, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {
-        "model": {"micro_batch_size": micro_batch},
-        "data": {"augmentation": Augmentation((0.3, 1.0))},
-    }
-    monitor = TrainingMonitor()
-    whole, module = fit(joined_run(by_number, tmp_path / "whole", **options), monitor)
-    assert len(whole.samples) == 2 * 3
-    assert monitor.state_dict()["samples_seen"] == 2 * sum(TEXTS)
-    stopped = joined_run(by_number, tmp_path / "stopped", **options, stop_at=4)
-    first, _ = fit(stopped)
-    second, resumed = fit(stopped._replace(stop_at=None, resume=True))
-    assert first.samples + second.samples == whole.samples
-    assert first.losses + second.losses == whole.losses
-    weights = resumed.state_dict()
-    for name, value in module.state_dict().items():
-        assert torch.equal(weights[name], value), name
-    other = stopped._replace(stop_at=None, resume=True, data={"batch_size": 4, "augmentation": []})
-    with pytest.raises(InputError, match=r"data\.captions\.per_image 'together' there and None here"):
-        fit(other)
-
-
 @pytest.mark.parametrize(
     "freeze",
     [*(pytest.param(each, marks=pytest.mark.slow) for each in ("unlock_last 0", "text")), "unlock_last 1", "image"],
@@ -463,7 +405,7 @@ def test_stored_features_train_as_images_and_all_their_captions_do(
     freeze: str, by_number: Path, tmp_path: Path
 ) -> None:
     model = {"loss": Sum([Contrastive("positives"), Distillation()])}
-    run = joined_run(by_number, tmp_path / "run", freeze=freeze, model=model)
+    run = run_of(by_number, tmp_path / "run", TOGETHER, freeze=freeze, model=model)
     plain, _ = fit(run)
     model["loss"] = Sum([Contrastive("positives"), Distillation()])
     stored, _ = fit(run._replace(cache=str(tmp_path / "cache"), model=model))
@@ -476,7 +418,7 @@ def test_an_image_has_one_stored_version_in_a_step_and_other_modes_do_not_read_i
     by_number: Path, tmp_path: Path
 ) -> None:
     cache = str(tmp_path / "cache")
-    run = joined_run(by_number, tmp_path / "run", epochs=1, data={"augmentation": Augmentation((0.3, 1.0))})
+    run = run_of(by_number, tmp_path / "run", TOGETHER, epochs=1, data={"augmentation": Augmentation((0.3, 1.0))})
     plain, _ = fit(run)
     stored, _ = fit(run._replace(cache=cache, augmentations=1))
     assert stored.losses == pytest.approx(plain.losses, rel=1e-5)
@@ -489,34 +431,4 @@ def test_captions_of_an_image_that_would_be_wrong_for_it_are_refused(
     loss: Any, by_number: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"model\.loss\.duplicates: negatives .* set it to positives"):
-        fit(joined_run(by_number, tmp_path / "run", model={"loss": loss}))
-
-
-def test_what_it_does_not_fit_is_refused_in_one_line(by_number: Path, tmp_path: Path) -> None:
-    single = written(tmp_path / "single.csv", [(f"{image}.png", f"only {image}") for image in range(12)])
-    for data in (single, write_shards(tmp_path / "shards")):
-        with pytest.raises(InputError, match=r"^data\.captions\.per_image: together would change nothing: no image of"):
-            together(data, val=str(by_number))
-    with pytest.raises(InputError, match=r"^data\.images\.per_thing: two reads one caption"):
-        together(by_number, val=str(by_number), images=ImageOptions("two"))
-
-
-def test_the_plan_counts_images_and_shares_their_cost_among_captions(
-    cli: Callable[..., subprocess.CompletedProcess[str]], by_number: Path
-) -> None:
-    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(by_number), "--data.val", str(by_number)]
-    words += [
-        "--data.batch_size",
-        "4",
-        "--model.architecture",
-        TINY_YAML,
-        "--print_plan",
-        "--model.loss",
-        "Contrastive",
-    ]
-    words += ["--model.loss.duplicates", "positives"]
-    all_rows = " ".join(cli(*words).stdout.replace("│", " ").split())
-    together = " ".join(cli(*words, "--data.captions.per_image", "together").stdout.replace("│", " ").split())
-    assert "9 per epoch" in all_rows
-    assert "3 per epoch" in together
-    assert "images per step 4, each with all of its 3.2 captions on average" in together
+        fit(run_of(by_number, tmp_path / "run", TOGETHER, model={"loss": loss}))

@@ -152,12 +152,12 @@ def test_epoch_of_images_has_each_once_and_few_row_groups_at_once(
         assert order.dtype == np.int32
     assert np.array_equal(orders[0], orders[2])
     assert not np.array_equal(orders[0], orders[1])
-    groups = [source.row(int(index)) // 5 for index in orders[0]]
+    groups = [source.number(int(index)) // 5 for index in orders[0]]
     for start in range(0, 58, 13):
         assert len(set(groups[start : start + 13])) <= 8  # of twelve
     assert len(set(groups[:13])) > 1
     for index in orders[0].tolist():
-        row = source.row(index)
+        row = source.number(index)
         assert source.load(index, None).image.getpixel((0, 0)) == (row, 0, 0)
         assert len([key for key in source._open if isinstance(key, int)]) <= 4
 

@@ -17,8 +17,6 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datamodules import Captions
-from datamodules.loading.bad_samples import BadSamples
 from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
 from datamodules.pairs.batches import ValidationPairs
@@ -206,15 +204,6 @@ def test_bad_images_are_bad_samples_and_a_dead_store_is_not(
     with pytest.raises(InputError, match=r"cannot be fetched \(the line is down\); tried 3 times") as caught:
         source.load(3, None)
     assert not isinstance(caught.value, BadSample)
-
-
-def test_bad_images_can_be_skipped(folder: Path, server: tuple[str, list[str]]) -> None:
-    (folder / ROWS[0][0]).unlink()
-    data = Captions(val=f"{server[0]}/t.csv", bad_samples=BadSamples("skip", 1), batch_size=6, num_workers=0)
-    data.setup("validate")
-    (batch,) = data.val_dataloader()
-    assert len(batch.keys) == 5
-    assert batch.skipped == [(f"{server[0]}/t.csv row 2", "missing image")]
 
 
 def test_mistakes_name_the_address(folder: Path, server: tuple[str, list[str]], memory: str) -> None:

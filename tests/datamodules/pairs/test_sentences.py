@@ -21,10 +21,10 @@ from datamodules.pairs.source import CaptionOptions, Rows
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WholeBatch
-from lit_clip.models.config import Preprocessing
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
+from tests.helpers import epochs
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
 CUT = [
@@ -115,11 +115,8 @@ def table(tmp_path: Path) -> Path:
 
 
 def opened(table: Path, **options: Any) -> Captions:
-    data = Captions(
-        str(table), str(table), batch_size=4, captions=CaptionOptions("sentences"), **{"num_workers": 0, **options}
-    )
-    data.preprocessing, data.tokenize = Preprocessing(image_size=8), CLIPTokenizer(14)
-    data.setup("fit")
+    data = epochs.opened(table, **{"val": str(table), "captions": CaptionOptions("sentences"), **options})
+    data.tokenize = CLIPTokenizer(14)
     return data
 
 

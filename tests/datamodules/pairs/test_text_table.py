@@ -128,23 +128,18 @@ def test_every_format_gives_the_same_batches(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["Image,Caption", "FILEPATH,TITLE", "filename,text", " image , caption ", "Caption,image", "x,y"]
+    "header",
+    ["Image,Caption", "FILEPATH,TITLE", "filename,text", " image , caption ", "Caption,image", "x,y", "x,y,image,text"],
 )
 def test_columns_are_found_by_usual_names_in_any_case_or_by_option(folder: Path, header: str) -> None:
     rows = ["a.png,a cat", "b.png,a dog"]
     if header.startswith("Caption"):
         rows = ["a cat,a.png", "a dog,b.png"]
+    if header == "x,y,image,text":  # what is named takes precedence
+        rows = [f"{row},b.png,a dog" for row in rows]
     (folder / "t.csv").write_text("\n".join([header, *rows]))
-    named = {"columns": Columns("x", "y")} if header == "x,y" else {}
+    named = {"columns": Columns("x", "y")} if header.startswith("x,y") else {}
     assert captions(folder / "t.csv", **named) == ["a cat", "a dog"]
-
-
-def test_named_column_takes_precedence_over_a_usual_name(folder: Path) -> None:
-    lines = ["image,caption,thumb,alt", "b.png,a dog,a.png,a cat"]
-    (folder / "t.csv").write_text("\n".join(lines))
-    (batch,) = validation(folder / "t.csv", columns=Columns("thumb", "alt"))
-    assert batch.keys == ["a.png"]
-    assert decode(batch.tokens[0].tolist()) == "a cat"
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -179,7 +174,7 @@ def test_unusual_column_names_are_listed_with_the_option_to_set(folder: Path, he
     assert option in message
 
 
-def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
+def test_relative_paths_start_at_the_folder_of_the_table_or_at_root_and_absolute_ones_at_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paint(tmp_path / "beside", "a.png")
@@ -191,13 +186,9 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
     assert beside.images[0, :, 0, 0].tolist() == [9, 255, 0]
     assert elsewhere.images[0, :, 0, 0].tolist() == [29, 235, 1]
     assert beside.keys == elsewhere.keys == ["a.png"]
-
-
-def test_absolute_paths_ignore_root(tmp_path: Path) -> None:
-    paint(tmp_path / "images", "a.png")
-    (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'images/a.png'},a cat")
-    (batch,) = validation(tmp_path / "t.csv", columns=Columns(root="nowhere"))
-    assert batch.images[0, :, 0, 0].tolist() == [9, 255, 0]
+    (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'beside/a.png'},a cat")
+    (absolute,) = validation(tmp_path / "t.csv", columns=Columns(root="nowhere"))
+    assert absolute.images[0, :, 0, 0].tolist() == [9, 255, 0]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -310,6 +301,7 @@ BAD_ROWS = {  # a bad row, and the reason that it is counted under
         ("b.png,a dog, a bone", "wrong number of fields"),
         (" ,a dog", "missing image"),
         ("b.png,", "no caption"),
+        ("b.png,un caf\udce9", "not UTF-8"),
     ],
     "t.jsonl": [
         ('{"image": "b.png",', "not JSON"),
@@ -326,7 +318,7 @@ def test_bad_rows_are_left_out_and_counted_by_reason_with_on_error_skip(folder: 
     good = {"t.csv": ["image,caption", "a.png,a cat"], "t.jsonl": ['{"image": "a.png", "caption": "a cat"}']}[name]
     bad = BAD_ROWS[name]
     lines = [*good, *(line for line, _ in bad), good[-1]]
-    (folder / name).write_bytes("\n".join(lines).encode())
+    (folder / name).write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     source = open_table(folder / name, on_error="skip")
     assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a cat"]]
     first = len(good) + 1
@@ -334,13 +326,6 @@ def test_bad_rows_are_left_out_and_counted_by_reason_with_on_error_skip(folder: 
     assert source.left_out.listed == expected
     assert source.left_out.counts == {reason: 1 for _, reason in bad}
     assert source.cells(1).where == f"{folder / name} row {first + len(bad)}"
-
-
-def test_invalid_utf8_only_loses_its_row_with_on_error_skip(folder: Path) -> None:
-    (folder / "t.csv").write_bytes("image,caption\na.png,a cat\na.png,un café\nb.png,a dog\n".encode("latin-1"))
-    source = open_table(folder / "t.csv", on_error="skip")
-    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a dog"]]
-    assert source.left_out.listed == [(f"{folder / 't.csv'} row 3", "not UTF-8")]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
@@ -396,7 +381,7 @@ def test_read_returns_the_image_file_unchanged(folder: Path) -> None:
     source = open_table(folder / "t.csv")
     pair = source.read(1)
     where = f"{folder / 't.csv'} row 3"
-    assert pair == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
+    assert pair[:5] == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
     with pytest.raises(BadSample) as error:
         source.read(2)
     assert (error.value.where, error.value.reason) == (f"{folder / 't.csv'} row 4", "missing image")

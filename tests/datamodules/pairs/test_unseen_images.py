@@ -14,7 +14,7 @@ from PIL import Image
 from datamodules import Captions, CustomPairs
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.pairs import reports
-from datamodules.pairs.source import Classes, EncodedPair
+from datamodules.pairs.source import Classes, Row
 from datamodules.pairs.text_table import TablePairs
 from lit_clip.models.config import Preprocessing
 from tests.fuzz.samples import encoded, image, whole_images
@@ -142,14 +142,14 @@ def test_a_bad_sample_is_not_looked_at(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_slow_source_is_left_after_a_short_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = TablePairs.read
+    read = TablePairs.row
 
-    def slowly(self: TablePairs, index: int) -> EncodedPair:
+    def slowly(self: TablePairs, index: int) -> Row:
         time.sleep(0.05)
         return read(self, index)
 
     monkeypatch.setattr(reports, "SECONDS", 0.2)
-    monkeypatch.setattr(TablePairs, "read", slowly)
+    monkeypatch.setattr(TablePairs, "row", slowly)
     deep = {f"{row}.png": FILES["deep 1.png"] for row in range(40)}
     (line,) = said(str(table(tmp_path, deep)), caplog)
     number = int(line.split()[2])
@@ -161,7 +161,7 @@ def test_only_the_first_rank_looks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(TablePairs, "read", None)
+    monkeypatch.setattr(TablePairs, "row", None)
     assert said(str(table(tmp_path)), caplog) == []
 
 

@@ -8,18 +8,15 @@ import random
 import tarfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-import datamodules
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Classes, Columns
 from datamodules.shards.pairs import ShardOptions, TarPairs, shard_order
 from lit_clip.errors import BadSample, InputError
-from lit_clip.models.config import Preprocessing
+from tests.helpers.epochs import epoch_of, opened
 from tests.helpers.tar_shards import Files, image, numbered, shade_of, write_shards, write_tar
 
 
@@ -181,12 +178,7 @@ def test_incomplete_samples_are_errors_or_left_out_and_listed(tmp_path: Path) ->
         TarPairs(str(tmp_path))
     source = TarPairs(str(tmp_path), on_error="skip")
     assert [source.captions(index)[0] for index in range(len(source))] == ["number 0", "number 2", "number 5"]
-    assert source.left_out.counts == {
-        "missing image": 1,
-        "missing caption": 1,
-        "no caption": 1,
-        "duplicate key": 1,
-    }
+    assert source.left_out.counts == {"missing image": 1, "missing caption": 1, "no caption": 1, "duplicate key": 1}
     assert {where.rpartition(" ")[2] for where, _ in source.left_out.listed} == {"00001", "00003", "00004", "00005"}
 
 
@@ -208,10 +200,7 @@ def test_non_tars_and_missing_shards_are_named(tmp_path: Path) -> None:
     source = TarPairs(wanted, on_error="skip")
     assert len(source) == 2
     assert source.read(1).key == "0/00001"
-    assert source.left_out.counts == {
-        "missing shard": 1,
-        "damaged shard": 1,
-    }
+    assert source.left_out.counts == {"missing shard": 1, "damaged shard": 1}
     with pytest.raises(InputError, match=r"9\.tar: no such shard, nor any of the 1 that are named"):
         TarPairs(str(tmp_path / "9.tar"), on_error="skip")
 
@@ -264,15 +253,10 @@ def test_ranks_and_workers_together_have_each_pair_once(
     validation: Counter[str] = Counter()
     lengths = set()
     for rank in range(world):
-        module = datamodules.Captions(data, data, batch_size={1: 10, 2: 5, 3: 4}[world], num_workers=workers)
-        module.preprocessing = Preprocessing(image_size=4)
-        connector = SimpleNamespace(use_distributed_sampler=False)
-        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
-        module.trainer = trainer
-        module.setup("fit")
-        batches = list(module.train_dataloader())
+        module = opened(data, val=data, batch_size={1: 10, 2: 5, 3: 4}[world], num_workers=workers)
+        batches = epoch_of(module, 0, rank, world)
         lengths.add(len(batches))
-        training.update(caption for batch in batches for caption in batch.captions)
+        training.update(caption for batch in batches for _, caption in batch)
         module.batch_size = 7
         validation.update(caption for batch in module.val_dataloader() for caption in batch.captions)
     expected = Counter(f"number {number}" for number in range(60))
@@ -284,11 +268,7 @@ def test_ranks_and_workers_together_have_each_pair_once(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shuffle_shards": 0}, "shuffle_shards: 0"),
-        ({"cache_gb": -1.0}, "cache_gb: -1.0"),
-    ],
+    ("options", "message"), [({"shuffle_shards": 0}, "shuffle_shards: 0"), ({"cache_gb": -1.0}, "cache_gb: -1.0")]
 )
 def test_invalid_shard_options_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from datamodules.loading.bad_samples import Skipped, SkippingDataset
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.batches import TrainingPairs, ValidationPairs
-from datamodules.pairs.source import Classes, Pair, PairSource
+from datamodules.pairs.source import Classes, PairSource, Row
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import open_image
@@ -35,8 +34,8 @@ class ImageSet(PairSource):
     def __len__(self) -> int:
         return 1
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return Pair(open_image(io.BytesIO(self.data), "the image"), "an image", "0")
+    def row(self, index: int) -> Row:
+        return Row(self.data, ["an image"], "0", "", "the image")
 
 
 def read_pairs(source: PairSource) -> Iterator[str]:
