@@ -2,7 +2,7 @@
 
 ``docs/evidence/open_clip_registry.md`` has what of the registry opens, and from where. ``--list`` prints what lit-clip
 says to each name instead. With ``--measure`` a small model of every family is created with random weights, and the
-largest differences from open_clip are written between the marks in ``docs/models.md``.
+table of the largest differences from open_clip is printed; ``docs/models.md`` has their maximum.
 """
 
 import os
@@ -24,8 +24,7 @@ from lit_clip.weights.hub import tagged
 from lit_clip.weights.load import load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
-REGISTRY, MODELS = DOCS / "evidence/open_clip_registry.md", DOCS / "models.md"
-BEGIN, END = "<!-- python -m benchmarks.families.page --measure -->", "<!-- end -->"
+REGISTRY = DOCS / "evidence/open_clip_registry.md"
 HEAD = """# open_clip's registry
 
 - **Question**: which published weights of open_clip {version} does `load_model("model:tag")` open?
@@ -130,9 +129,7 @@ def main() -> None:
     else:
         REGISTRY.write_text(registry(models), encoding="utf-8")
     if "--measure" in sys.argv[1:]:
-        text = MODELS.read_text(encoding="utf-8")
-        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        MODELS.write_text(f"{before}{BEGIN}\n{measured()}\n{END}{after}", encoding="utf-8")
+        sys.stdout.write(f"{measured()}\n")
 
 
 if __name__ == "__main__":
