@@ -38,7 +38,7 @@ from .loading.sampling import (
 )
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
-from .pairs.image_captions import captions_per_image, chosen_pairs, joined, rows_of_each_image
+from .pairs.image_captions import captions_per_image, chosen_pairs, joined
 from .pairs.kept import digest_of_kept
 from .pairs.related_rows import distinct_images, name_pairs, neighbours_of_images, stored_neighbours
 from .pairs.reports import report_captions, report_images
@@ -169,11 +169,6 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Fill the hard places of the next epochs, from rows of :meth:`neighbour_images` and places in ``images``."""
         assert self.batch_order is not None, "needs batches.hard"
         self.batch_order.use(neighbours_of_images(self._names, images, nearest))
-
-    @property
-    def rows_per_image(self) -> float | None:
-        """Mean number of training pairs with the same image in an epoch; None if unknown."""
-        return None if self.train_source is None else rows_of_each_image(self.train_source)
 
     @property
     def captions_if_together(self) -> float:

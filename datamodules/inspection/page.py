@@ -12,12 +12,13 @@ from PIL import Image
 from lit_clip.errors import BadSample
 from lit_clip.tools.console import size_in_bytes
 from lit_clip.tools.html import stored_thumbnail, write_page
+from lit_clip.tools.images import formats
 from ..near_duplicates import Groups, equal_groups, look_labels
 from ..pairs.decisions import DROP
 from ..pairs.findings import Counts
 from ..pairs.related_rows import caption_hash
 from ..pairs.source import LISTED, PairSource
-from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
+from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings
 
 MIXED = np.uint64(0x9E3779B97F4A7C15)  # the product of one of two hashes with it, and the other: a hash of both
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"

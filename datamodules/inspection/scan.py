@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
-from lit_clip.tools.images import Unseen, decoding_at_least, is_rotated, open_image, unseen
+from lit_clip.tools.images import Unseen, decoding_at_least, formats, is_rotated, open_image, unseen
 from lit_clip.tools.workers import Mapped, loader
 from ..near_duplicates import look_of
 from ..pairs.related_rows import caption_hash, number_of
@@ -67,13 +67,6 @@ def says_nothing(caption: str) -> bool:
     if words:
         return WORDS.issuperset(words)
     return all(unicodedata.category(character)[0] in "PZC" for character in caption)
-
-
-@cache
-def formats() -> list[str]:
-    """Return the image formats that Pillow reads, sorted."""
-    Image.init()
-    return sorted(Image.OPEN)
 
 
 @dataclass

@@ -93,14 +93,6 @@ def image_numbers(source: PairSource) -> np.ndarray | None:
     return None if names is None else numbered(names)
 
 
-def rows_of_each_image(source: PairSource) -> float | None:
-    """Return an image's mean number of rows in an epoch; None if unknown, or if there are too many rows."""
-    if len(source) > MOST or source.pairs_per_epoch < len(source):
-        return None
-    images = image_numbers(source)
-    return None if images is None or not len(images) else len(images) / (int(images.max()) + 1)
-
-
 class OneOfEach(Rows):
     """All rows of a source; each epoch has one row of each image or thing, in the source's order.
 

@@ -70,6 +70,14 @@ def _prepare() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+@cache
+def formats() -> list[str]:
+    """Return the formats that images are read in, sorted."""
+    _prepare()
+    Image.init()
+    return sorted(Image.OPEN)
+
+
 def _bands(name: str, *given: Any) -> Any:
     """Call a function of :mod:`lit_clip.tools.bands`, which few images need."""
     from lit_clip.tools import bands

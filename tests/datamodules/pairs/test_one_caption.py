@@ -16,9 +16,9 @@ from PIL import Image
 from callbacks import TrainingMonitor
 from datamodules import Augmentation, BadSamples, BatchOptions, CaptionOptions, Captions, Columns, CustomPairs
 from datamodules.open_source import open_source
-from datamodules.pairs.image_captions import OneOfEach, one_caption_each, rows_of_each_image
+from datamodules.pairs.image_captions import OneOfEach, one_caption_each
 from datamodules.pairs.kept import digest_of_kept
-from datamodules.pairs.source import ImageOptions, PairSource, Rows
+from datamodules.pairs.source import ImageOptions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
@@ -239,19 +239,6 @@ def test_data_without_several_captions_of_an_image_are_refused_in_one_line(table
         CaptionOptions(per_image="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"^data\.images\.per_thing: two reads one caption"):
         opened(table, val=str(table), captions=TOGETHER, images=ImageOptions("two"))
-
-
-def test_rows_of_each_image_are_counted_without_reading_images(table: Path, tmp_path: Path) -> None:
-    for image in tmp_path.glob("*.png"):
-        image.write_bytes(b"")
-    source = open_source(str(table))
-    assert rows_of_each_image(source) == sum(COUNTS) / len(COUNTS)
-    half = Rows(source, np.arange(0, len(source), 2))
-    names = {source.key(row) for row in range(0, len(source), 2)}
-    assert rows_of_each_image(half) == len(half) / len(names)
-    assert rows_of_each_image(one_caption_each(source)) is None
-    shards: PairSource = open_source(str(write_shards(tmp_path / "shards")))
-    assert rows_of_each_image(shards) is None
 
 
 # All captions of an image in one step
