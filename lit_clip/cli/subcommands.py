@@ -1,4 +1,4 @@
-"""The names of all commands. Those other than LightningCLI's are functions, whose signature is their command line.
+"""The names of all commands. All except LightningCLI's are functions; their signatures are their command lines.
 
 Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
 default. The docstring is the help. A ``list`` takes any number of words, in one option or more; a ``bool`` is a flag.

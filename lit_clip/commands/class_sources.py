@@ -59,7 +59,7 @@ class ClassSource:
         return ""
 
     def report(self, files: Sequence[ImageFile]) -> None:
-        """Print more about the classes after all images have been scored; ``files`` are those that could be read."""
+        """Print more about the classes after all images have been scored; ``files`` are the readable ones."""
 
 
 def prompt_weights(model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> Tensor:

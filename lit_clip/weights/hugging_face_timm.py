@@ -1,4 +1,4 @@
-"""Models of transformers whose image encoder is timm's vision transformer: EVA-CLIP 8B and 18B, and TIPSv2.
+"""Models of transformers with timm's vision transformer for images: EVA-CLIP 8B and 18B, and TIPSv2.
 
 EVA-CLIP's names, settings and defaults follow ``modeling_evaclip.py`` and ``configuration_evaclip.py`` of
 BAAI/EVA-CLIP-8B-448.
