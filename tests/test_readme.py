@@ -407,7 +407,6 @@ def parser_of(command: str) -> Any:
 @pytest.fixture
 def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr("lit_clip.cli.lightning.check_loggers", lambda loggers: None)  # the packages are optional
     monkeypatch.setattr(sys, "argv", ["lit-clip"])
     monkeypatch.chdir(ROOT)
 

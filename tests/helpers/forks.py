@@ -171,9 +171,10 @@ def script_with_small_model() -> None:
     """Run the file that the command line names; the ViT of examples has a thirtieth of its parameters."""
     from lit_clip.models import registry
 
-    config = registry._own()["ViT-tiny-16-64"]
+    config = registry._TINY["ViT-tiny-16-64"].to_dict()
     config["image"] |= {"width": 32, "layers": 1, "heads": 1}
     config["text"] |= {"width": 8, "layers": 1, "heads": 1}
+    registry._TINY["ViT-tiny-16-64"] = registry.CLIPConfig.from_dict(config)
     script()
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks.families.families import FAMILIES, TEXTS, compare, photos, small
 from benchmarks.families.page import REGISTRY, listing, registry, verdicts
 from lit_clip.errors import InputError
+from lit_clip.models.config import described
 from lit_clip.models.finetuning import Freeze, UnlockLast, frozen_names
 from lit_clip.models.frozen_prefix import frozen_activations, image_features_from, text_features_from, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, layer_groups
@@ -21,7 +22,13 @@ from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.rates import Rates, rated_layers
 from lit_clip.module import LitCLIP
 from lit_clip.weights.export import (
+    ExportSample,
+    parity_of,
+    read_onnx,
+    read_open_clip,
     write_hugging_face,
+    write_onnx,
+    write_open_clip,
 )
 from lit_clip.weights.load import load_model
 from tests.test_module import data_for, trainer
@@ -194,6 +201,32 @@ def test_patch_dropout_keeps_what_is_read_and_trains(made: Any, family: str) -> 
     gradient = model.visual.class_embedding.grad
     assert gradient is not None
     assert float(gradient.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("family", [*(pytest.param(name, marks=pytest.mark.slow) for name in NEW), FASTVIT])
+def test_open_clip_reads_an_export_with_the_same_features(made: Any, family: str, tmp_path: Path) -> None:
+    model = load_model(made(family)[0])
+    sample = ExportSample.of(model)
+    write_open_clip(model, tmp_path)
+    parity = parity_of(model, sample, read_open_clip(tmp_path, sample))
+    assert max(parity.image, parity.text) < 1e-4
+    assert parity.tokens
+    assert parity.pixels is not None
+    assert parity.pixels < 1
+    again = load_model(tmp_path)
+    if family != "MobileCLIP2-L":  # open_clip's format has no drop_path for its exports
+        assert described(again.config) == described(model.config)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*NEW, FASTVIT])
+def test_onnx_gives_the_same_features(made: Any, family: str, tmp_path: Path) -> None:
+    model = load_model(made(family)[0])
+    sample = ExportSample.of(model)
+    write_onnx(model, tmp_path)
+    parity = parity_of(model, sample, read_onnx(tmp_path, sample))
+    assert max(parity.image, parity.text) < 1e-4
 
 
 @pytest.mark.parametrize(

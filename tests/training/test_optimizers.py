@@ -275,6 +275,12 @@ def test_the_first_resumed_step_has_the_changed_schedules_rate(there: Any, here:
     assert [list(each) for _, each in seen] == [pytest.approx(list(each)) for each in betas[SAVED_AT:]]
 
 
+def test_another_optimiser_cannot_resume(table: Path, tmp_path: Path) -> None:
+    fit(tmp_path, table)
+    with pytest.raises(InputError, match=r"was trained with .*PaperAdamW, and this run has torch.optim.*SGD; resume"):
+        fit(tmp_path, table, tmp_path / "middle.ckpt", optimizer=torch.optim.SGD)
+
+
 def test_a_checkpoint_that_names_no_optimiser_cannot_resume(table: Path, tmp_path: Path) -> None:
     fit(tmp_path, table)
     checkpoint = torch.load(tmp_path / "middle.ckpt", weights_only=True)
