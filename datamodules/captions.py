@@ -126,8 +126,8 @@ class Captions(CaptionDataModule):
             require(value is None or isinstance(value, kind), wrong)
         policies = (bad_samples, captions, patch_budgets, batches, images, window)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
-        given = train is not None or val is not None
-        require(given, "data: set train, val or both to a table, a folder or tar shards")
+        none = "data: set train, val or both to a table, a folder or tar shards, as in --data.train captions.csv"
+        require(train is not None or val is not None, none)
         self.train, self.val, self.keep = train, val, keep
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lit_clip.embedding.feature_files import Identity
-from lit_clip.errors import require, similar_file
+from lit_clip.errors import InputError, require, similar_file
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import SUFFIXES, OnError, image_for_model, image_names, or_skip
 
@@ -55,7 +55,8 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
 
     Links are followed, except to a folder that the link is in. ``skip`` leaves out folders that cannot be read.
     """
-    require(folder.is_dir(), f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder{similar_file(folder)}")
     found: list[str] = []
     unreadable: list[OSError] = []
     above: dict[str, frozenset[str]] = {str(folder): frozenset()}
@@ -83,7 +84,8 @@ def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[Image
             inside = images_in(path, on_error)
             files = [image_file((path / file.key).as_posix(), path / file.key) for file in inside]
         else:
-            require(path.exists(), f"{path}: no such file or folder{similar_file(path)}")
+            if not path.exists():
+                raise InputError(f"{path}: no such file or folder{similar_file(path)}")
             require(path.is_file(), f"{path}: neither a file nor a folder")  # opening a pipe would wait for a writer
             files = [image_file(path.as_posix(), path)]
         for file in files:

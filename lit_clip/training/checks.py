@@ -113,7 +113,8 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
 def check_counts(trainer: Any) -> None:
     """Check the trainer's divisors, with which Lightning would fail in the middle of a run, and the gradient limit."""
     clip = getattr(trainer, "gradient_clip_val", None)
-    require(clip is None or clip >= 0, f"trainer.gradient_clip_val: {clip:g} must be at least 0; null clips nothing")
+    if clip is not None:
+        require(clip >= 0, f"trainer.gradient_clip_val: {clip:g} must be at least 0; null clips nothing")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         value = getattr(trainer, name, None)
         unset = value is None and name != "accumulate_grad_batches"

@@ -143,8 +143,9 @@ def merged_note(found: Sequence[Row]) -> str:
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print :func:`results_table`, and what was not evaluated; the report explains how to get missing sets."""
     console = console or Console(file_width=WIDE)
-    console.print(results_table(results, console.width))
     found = rows(results)
+    if any(row.status == "done" for row in found):
+        console.print(results_table(results, console.width))
     for line in incomplete_means(found):
         console.print(line, soft_wrap=True)
     missing = [row.name for row in found if row.status == "missing"]
