@@ -13,6 +13,7 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.layers import layer_groups
 from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
+from lit_clip.retrieval.retrieval_set import are_kinds
 from lit_clip.tools.console import duration
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
 from lit_clip.tools.untrusted import from_plain
@@ -133,8 +134,8 @@ def _levels(run: Run, rule: Rule) -> Sequence[Freeze]:
 
 
 def rule_for(facts: Facts) -> Rule:
-    """Return the rule for captions; they are names of kinds if on average at least four images share one."""
-    return KINDS if 4 * facts.captions <= facts.pairs else SENTENCES
+    """Return the rule for captions."""
+    return KINDS if are_kinds(facts.captions, facts.pairs) else SENTENCES
 
 
 def together_for(run: Run) -> bool:

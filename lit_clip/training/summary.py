@@ -55,7 +55,7 @@ def print_summary(
     if any("/merged_" in name for name in names):
         notes.append("merged: captions repeat, and equal ones count as one")
         if RECALL in names:
-            notes.append("val/mean_recall is the one number to compare: the mean of merged recalls")
+            notes.append("val/mean_recall is the one number to compare: a mean of merged recalls")
     if alike:
         notes.append(f"all {alike} have the same features: the recalls say nothing")
     table.caption = "\n".join(notes) or None
