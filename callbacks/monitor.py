@@ -103,7 +103,8 @@ class TrainingMonitor(Callback):
     def _warn_if_stuck(self, trainer: Trainer) -> None:
         if not self._last or self._warned:
             return
-        loss = float(torch.stack([loss for loss, _ in self._last]).mean())  # synchronises the device
+        losses = torch.stack([loss for loss, _ in self._last])
+        loss = float(losses[losses.isfinite()].mean())  # synchronises the device; NonFiniteSteps reports the others
         baseline = sum(baseline for _, baseline in self._last) / len(self._last)
         if loss >= STUCK * baseline:
             self._warned = True

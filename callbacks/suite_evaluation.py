@@ -185,11 +185,11 @@ class SuiteEvaluation(Callback):
                 evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
                 check_set_metrics(targets, self.options.metrics)
                 if task == "linear_probe":
-                    labels = all_targets(opened, fold, "train")
-                    train = Split(torch.zeros(len(labels), 1), labels)
+                    targets = {split: all_targets(opened, fold, split) for split in fold.images}
+                    train = Split(torch.zeros(len(targets["train"]), 1), targets["train"])
                     if self.options.l2 is None and "val" not in fold.images:
                         train = held_out(train, 0)[0]
-                    LogisticProblem(train.features, train.labels, labels.classes)
+                    LogisticProblem(train.features, train.labels, train.targets.classes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_clip.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ class RankCounts(NamedTuple):
 
 
 def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Run ``work`` on rank 0 while the others wait, if need be for days; they raise RuntimeError if it fails."""
+    """Run ``work`` on rank 0 while the others wait, if need be for days; they raise InputError if it fails."""
     rank, world = rank_and_world()
     if world == 1:
         return work()
@@ -68,7 +70,7 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
     finally:
         dist.broadcast(failed, 0, group=group)
     if rank and failed:
-        raise RuntimeError("rank 0 has failed; see its error")
+        raise InputError("rank 0 has failed; see its error")
     dist.destroy_process_group(group)
     return result
 

@@ -119,8 +119,11 @@ def _first_alike(small: np.ndarray) -> np.ndarray:
     return found
 
 
-def _small(source: PairSource, row: int) -> np.ndarray:
-    """Return a row's image at ``CELLS`` x ``CELLS``, int16 ``[CELLS * CELLS * 3]``; -1 if it cannot be read."""
+def _small(source: PairSource, row: int) -> bytes:
+    """Return a row's image at ``CELLS`` x ``CELLS``, int16 ``[CELLS * CELLS * 3]``; -1 if it cannot be read.
+
+    As bytes: a data worker sends an array through shared memory, and each that is kept would keep a file open.
+    """
     try:
         stored = source.read(row)
         with (
@@ -129,18 +132,18 @@ def _small(source: PairSource, row: int) -> np.ndarray:
         ):
             image = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
     except BadSample:  # readable a moment ago
-        return np.full(CELLS * CELLS * 3, -1, dtype=np.int16)
-    return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).reshape(-1)
+        return np.full(CELLS * CELLS * 3, -1, dtype=np.int16).tobytes()
+    return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).tobytes()
 
 
 def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.ndarray:
-    read: Mapped[np.ndarray] = Mapped(partial(_small, source), rows.tolist())
-    images = [np.zeros((0, CELLS * CELLS * 3), dtype=np.int16)]
+    read: Mapped[bytes] = Mapped(partial(_small, source), rows.tolist())
+    images: list[bytes] = []
     with progress("comparing copies", len(rows), enabled=len(rows) > 0) as advance:
         for image in loader(read, num_workers):
-            images.append(image[None])
+            images.append(image)
             advance(1)
-    return np.concatenate(images)
+    return np.frombuffer(b"".join(images), dtype=np.int16).reshape(len(rows), CELLS * CELLS * 3)
 
 
 def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> ValidationCopies:

@@ -163,7 +163,7 @@ def _shows_through(image: Image.Image) -> bool:
 
 def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> None:
     """Write into ``parts`` the findings on this share's pairs that are not there yet."""
-    _, done = _finished(parts, len(source))
+    done = _finished(parts, len(source))[1]
     batches = remaining(len(source), CHUNK, done.__getitem__, parts.share)
     read: Mapped[ScanFindings] = Mapped(partial(_read, source, tokenizer), batches)
     parts.start()

@@ -61,7 +61,7 @@ class CustomPairs(PairSource):
 
     def row(self, index: int) -> Row:
         where = self.where(index)
-        with opening_files(where):
+        with opening_files(where, "file"):
             captions, negatives, extra = self._texts(index, where), self.negatives(index), self._extra(index, where)
             return Row(
                 partial(self.image, index), captions, self.key(index), self.group(index), where, negatives, extra

@@ -245,7 +245,7 @@ class _Lines(NamedTuple):
     def _meant(self, name: str, meaning: Callable[[str], int], problem: str) -> np.ndarray:
         """Return the meaning of each cell of a column, int64 ``[N]``; raise for a cell that means ``WRONG``."""
         column = self.columns[name]
-        if column.type == pa.int64():
+        if meaning is _number and column.type == pa.int64():
             return column.fill_null(BLANK).to_numpy()
         texts = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         words = [meaning(str(word).strip()) for word in texts.dictionary.to_pylist()]

@@ -174,7 +174,13 @@ def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: So
         raise InputError(f"{name}: {problem}; it has {listed(found)}; give one, such as {base}:{found[0]}")
     splits = [(split, file) for configuration, split, file in placed if configuration == wanted]
     split = find_split(name, list(dict.fromkeys(split for split, _ in splits)), options)
-    return [file for each, file in splits if each == split]
+    chosen = [file for each, file in splits if each == split]
+    total = re.search(r"-\d{5}-of-(\d{5})", chosen[0])
+    complete = total is None or int(total[1]) == len(chosen)
+    require(
+        complete, f"{name}: the hub has only {len(chosen)} of the files of split {split}; ask its owner for the rest"
+    )
+    return chosen
 
 
 def _configuration_and_split(file: PurePosixPath) -> tuple[str, str]:

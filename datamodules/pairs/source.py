@@ -79,12 +79,12 @@ class Row(NamedTuple):
 
 
 @contextmanager
-def opening_files(where: str) -> Iterator[None]:
+def opening_files(where: str, kind: str = "image file") -> Iterator[None]:
     """Turn an ``OSError`` into a bad sample."""
     try:
         yield
     except FileNotFoundError as error:
-        raise BadSample(where, "missing image", f"no such image file: {error.filename}") from error
+        raise BadSample(where, "missing image", f"no such {kind}: {error.filename or error}") from error
     except OSError as error:
         raise BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}") from error
 

@@ -58,18 +58,26 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder{similar_file(folder)}")
     found: list[str] = []
-    unreadable: list[OSError] = []
-    above: dict[str, frozenset[str]] = {str(folder): frozenset()}
-    for path, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        here = above.pop(path) | {os.path.realpath(path)}
-        folders[:] = [each for each in folders if os.path.realpath(os.path.join(path, each)) not in here]
-        folders[:] = [each for each in folders if not each.startswith(".")]  # editors and macOS leave hidden copies
-        above |= {os.path.join(path, each): here for each in folders}
-        found += [os.path.join(path, each) for each in names if not each.startswith(".")]
+    unreadable: list[str] = []
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset())]
+    while waiting:  # os.walk recurses, and ends at some depth
+        path, above = waiting.pop()
+        try:
+            status, entries = os.stat(path), list(os.scandir(path))
+        except OSError as error:
+            unreadable.append(f"{path}: cannot be read ({error.strerror})")
+            continue
+        here = status.st_dev, status.st_ino
+        for entry in entries if here not in above else ():
+            if entry.name.startswith("."):  # editors and macOS leave hidden copies
+                continue
+            if os.path.isdir(entry.path):
+                waiting.append((entry.path, above | {here}))
+            else:
+                found.append(entry.path)
     if unreadable:
-        first = f"{unreadable[0].filename}: cannot be read ({unreadable[0].strerror})"
-        require(on_error == "skip", or_skip(first, "--on_error skip to leave the folder out"))
-        stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {first}")
+        require(on_error == "skip", or_skip(unreadable[0], "--on_error skip to leave the folder out"))
+        stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {unreadable[0]}")
     images = [image_file(path.relative_to(folder).as_posix(), path) for path in map(Path, image_names(found))]
     require(bool(images), f"{folder}: no images in this folder or below ({', '.join(sorted(SUFFIXES))})")
     return sorted(images, key=lambda file: file.key)

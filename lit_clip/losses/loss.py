@@ -166,4 +166,7 @@ def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
     differentiable = value.loss.requires_grad or not len(pairs.image) or not torch.is_grad_enabled()
     mend = "compute it from pairs.image and pairs.text, without detach, item or no_grad"
     require(differentiable, f"{name} returned a loss without gradient; {mend}")
+    for metric, number in value.metrics.items():
+        scalar = isinstance(number, int | float) or (isinstance(number, Tensor) and number.ndim == 0)
+        require(scalar, f"{name}: its metric {metric} is not a number; return a scalar, such as its mean")
     return value

@@ -170,7 +170,11 @@ class CustomTextEncoder(nn.Module):
 def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Module]:
     """Return an encoder's ``blocks``; empty if it has none."""
     blocks: Any = getattr(encoder.encoder, "blocks", None)
-    return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
+    blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
+    inside = {id(module) for module in encoder.encoder.modules()}
+    whole = all(id(block) in inside for block in blocks)
+    require(whole, f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
+    return blocks
 
 
 def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, returns: str, given: str, want: str) -> None:
@@ -232,6 +236,7 @@ def _tokenizer(encoder: nn.Module, context_length: int, where: str) -> TextToken
         same = theirs == context_length
         require(same, f"{where}: its tokenizer has the context_length {theirs}, the encoder {context_length}")
         return own
+    require(callable(own), f"{where}: its tokenizer is a {type(own).__name__}, which cannot be called with texts")
     light = not isinstance(getattr(own, "__self__", own), nn.Module)
     problem = "is a method of the encoder, whose weights every data worker would copy"
     require(light, f"{where}: its tokenizer {problem}; use a function or an object of a class")

@@ -1,6 +1,7 @@
 """Encode texts, images and image files from one list, in this process; for :meth:`lit_clip.CLIP.encode`."""
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -54,8 +55,16 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
         return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
-    warnings.warn(message, stacklevel=4)  # the line that called CLIP.encode
+    warnings.warn(message, stacklevel=_callers_level())
     return item
+
+
+def _callers_level() -> int:
+    """Return a warning's ``stacklevel`` that points to the line that called lit-clip."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "lit_clip":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _texts(model: Any, texts: list[str]) -> Tensor:

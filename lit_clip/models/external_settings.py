@@ -142,8 +142,8 @@ def timm_hub_weights(name: str) -> Path:
         except InputError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
-    problem = f"{name} has none of {', '.join(_WEIGHTS)} on the hub, or without the network in its cache"
-    raise InputError(f"architecture.image: {problem}")
+    problem = f"{name} has none of {', '.join(_WEIGHTS)} on the hub, or in its cache if the hub cannot be reached"
+    raise InputError(f"architecture.image: {problem}; download them once with the network")
 
 
 def _download(name: str, file: str) -> Path:

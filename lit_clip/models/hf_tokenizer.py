@@ -30,7 +30,7 @@ def clean(text: str, how: str) -> str:
     return text if how == "whitespace" else text.lower()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # the definition has megabytes
 class HuggingFaceTokenizer(TextTokenizer):
     """Turn texts into ids, padded on the right to the context length.
 

@@ -8,13 +8,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import require
-from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
 
 
-class EncodesAgain(Loss):
-    """A loss that encodes more than the step's pairs, or their images in another way."""
+class EncodesAgain:
+    """Part of a loss that encodes more than the step's pairs, or their images in another way."""
 
     def __init__(self) -> None:
         super().__init__()

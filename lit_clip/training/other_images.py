@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.loss import Pairs
+from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.training.encode_again import EncodesAgain
@@ -14,7 +14,7 @@ from lit_clip.training.encode_again import EncodesAgain
 NAME = "other_image"  # of the uint8 images in CaptionBatch.extra
 
 
-class OtherImageContrastive(EncodesAgain):
+class OtherImageContrastive(EncodesAgain, Loss):
     """Symmetric softmax loss between each image and its other image (``data.images.per_thing: two``).
 
     The other image is another photograph of the same thing, or the image augmented a second time (SLIP, Mu et al.

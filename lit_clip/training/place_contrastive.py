@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.loss import Pairs
+from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import height_width
@@ -57,7 +57,7 @@ def similarity_loss(logits_BN: Tensor, same_BN: Tensor, ranks: RankCounts) -> Te
     return (images + texts).sum() * ranks.world / (2 * ranks.total)
 
 
-class PlaceContrastive(EncodesAgain):
+class PlaceContrastive(EncodesAgain, Loss):
     """Symmetric softmax loss in which an image is as similar to a text as its most similar places.
 
     The similarity is the soft maximum of the cosines of the image's places (:meth:`lit_clip.CLIP.encode_patches`) with

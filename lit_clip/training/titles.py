@@ -16,7 +16,7 @@ NAME = "title"  # of the int64 tokens in CaptionBatch.extra
 SPEED = 10  # Adam's steps have the size of the learning rate, which suits weights of layers: a logit needs larger ones
 
 
-class WithTitle(EncodesAgain):
+class WithTitle(EncodesAgain, Loss):
     """Apply a loss with an image and its title as one vector, and captions as queries (``data.columns.title``).
 
     The vector is the sum of ``1 - w`` times the image's unit features and ``w`` times the title's, scaled to unit

@@ -1,6 +1,7 @@
 """``torch.compile`` changes the speed and nothing else."""
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     for longest in (3, 7, 12, 15, 35, 40):  # rows are as long for any texts
         gradients(compiled, longest)
     assert graphs["unique_graphs"] == known
+
+
+@pytest.mark.slow
+def test_training_and_validation_stay_compiled_for_any_length() -> None:
+    """Blocks of both encoders are one function to torch, which compiles at most 8 graphs of it by default."""
+    torch._dynamo.reset()
+    model = CLIP(replace(CONFIG, text=replace(CONFIG.text, context_length=77)))
+    compile_blocks(model, backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows, length in itertools.product((4, 3), (10, 70)):
+            pairs = batch(length)
+            images, tokens = model.normalize(pairs.images)[:rows], pairs.tokens[:rows]
+            with torch.inference_mode():
+                model.eval().encode_image(images), model.encode_text(tokens)  # noqa: B018  # only to compile
+            (model.train().encode_image(images) * model.encode_text(tokens)).sum().backward()
 
 
 def test_batch_norm_with_activation_checkpointing_is_refused() -> None:

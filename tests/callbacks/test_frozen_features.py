@@ -202,7 +202,9 @@ def test_a_lora_trains_in_the_blocks_behind_the_stored_activations(run: Run, tab
 
 def test_a_run_resumed_in_mid_epoch_has_the_losses_of_an_uninterrupted_one(run: Run, whole: Recorder) -> None:
     first, _ = stored(run._replace(stop_at=1, trainer={"max_steps": 1}))
+    before = folders_of(run)
     rest, _ = stored(run._replace(resume=True))
+    assert folders_of(run) == before  # of frozen weights alone: those that are trained have changed
     assert first.losses + rest.losses == whole.losses
     assert first.samples + rest.samples == whole.samples
 

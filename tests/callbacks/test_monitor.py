@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,6 +146,13 @@ def test_a_trained_model_and_one_in_warm_up_do_not_warn(
     )
     messages = run(warming, caption_table, tmp_path / "warming", TrainingMonitor(stuck_steps=1))
     assert all("of 12 steps" in message for message in messages)  # at the end alone
+
+
+def test_a_loss_that_is_not_finite_does_not_silence_the_warning() -> None:
+    monitor, chance = TrainingMonitor(), math.log(16)
+    monitor._last.extend((torch.tensor(loss), chance) for loss in (chance, math.nan))
+    with pytest.warns(UserWarning, match="learned nothing"):
+        monitor.on_train_end(cast(Any, SimpleNamespace(global_step=2)), LightningModule())
 
 
 def test_invalid_settings_are_refused() -> None:

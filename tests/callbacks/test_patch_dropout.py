@@ -95,6 +95,16 @@ def test_recomputation_uses_the_same_patches() -> None:
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
+def test_dropped_patches_are_not_counted_as_flops() -> None:
+    """Blocks process 5 of 17 tokens; patches are embedded before the choice."""
+    whole, reduced = (training_flops(lit_clip(share).model) for share in (0.0, 0.75))
+    assert whole is not None
+    assert reduced is not None
+    assert reduced.text == whole.text
+    embedding = 2 * 2 * 16 * (3 * 8 * 8) * 16  # forward, and the gradient of the weights
+    assert 0.2 < (reduced.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
+
+
 def test_a_frozen_encoder_drops_no_patches() -> None:
     frozen = [training_flops(lit_clip(share, freeze=Freeze(image="all")).model) for share in (0, 0.5)]
     assert frozen[0] == frozen[1] is not None

@@ -10,20 +10,24 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks import FrozenFeatures
+from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.teacher import Teacher, stored_name
+from lit_clip.training.teacher import Distillation, Teacher, stored_name
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.frozen_runs import Recorder, Run, config_of, fit
 from tests.helpers.towers import shaken
+from tests.test_module import trainer
 
 ROWS, IMAGES = 14, 10
 
@@ -143,6 +147,20 @@ def test_an_image_that_changes_in_each_epoch_is_refused(run: Run) -> None:
 def test_an_unreadable_image_is_skipped_as_with_online_teachers(run: Run) -> None:
     Path(run.folder, "3.png").write_bytes(b"no image")
     check_equal(run._replace(data={"bad_samples": BadSamples("skip", 1.0)}))
+
+
+def test_captions_made_up_at_random_are_encoded_in_each_step(
+    run: Run, drawings_cache: Path, teachers: list[tuple[str, str]]
+) -> None:
+    losses = []
+    for storing in ([], [FrozenFeatures(f"{run.folder}/cache")]):
+        torch.manual_seed(0)
+        recorder = Recorder(run)
+        module = LitCLIP(config_of("vit"), loss=Sum([Contrastive(), Distillation(teachers[1][0])]))
+        data = OpenMoji(cache_dir=str(drawings_cache), batch_size=64, num_workers=0, augmentation=[])
+        trainer(Path(run.folder), max_steps=2, limit_val_batches=0, callbacks=[*storing, recorder]).fit(module, data)
+        losses.append(recorder.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def embedded(model: str, run: Run) -> list[str]:

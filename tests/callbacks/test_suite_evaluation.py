@@ -98,11 +98,15 @@ def test_invalid_options_are_an_error(folder: Path, options: dict[str, Any], mes
         probe(folder, **options)
 
 
+SIX = {"names": 6, "size": 6}  # a seventh row has the label 6
+
+
 @pytest.mark.parametrize(
     ("splits", "metric", "message"),
     [
         ({"train": {"split": "train", "size": 1}, "test": {}}, "top1", "shades: .*each class has one image"),
         ({"train": {"split": "train", "size": 0}, "test": {}}, "top1", "shades: the set is empty"),
+        ({"train": {**SIX, "split": "train"}, "val": {**SIX, "size": 7}, "test": SIX}, "top1", "shades: .*6"),
         ({"train": {"split": "train"}, "test": {}}, "roc_auc", "shades: metric: roc_auc needs 2 classes"),
         ({"train": {"split": "train"}, "test": {"names": 6}}, "top1", "shades: test and train have 6 and 7 classes"),
     ],

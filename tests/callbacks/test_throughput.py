@@ -335,10 +335,13 @@ def test_waiting_for_data_is_measured_in_the_loop(tiny_config: CLIPConfig, tmp_p
 
 
 class Sleeps(Callback):
-    """Sleep in each validation, in each checkpoint, or between epochs."""
+    """Sleep before the first step, in each validation, in each checkpoint, or between epochs."""
 
     def __init__(self, where: str) -> None:
         self.where = where
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        time.sleep(0.6 * (self.where == "start"))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         time.sleep(0.2 * (self.where == "validations"))
@@ -370,7 +373,7 @@ class OnlySleeps:
         return self.seconds
 
 
-@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
+@pytest.mark.parametrize("where", ["start", "validations", "checkpoints", "ends of epochs", "evaluations"])
 def test_time_outside_training_is_not_counted(
     where: str, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, open_image
 from tests.conftest import lit_clip_command
+from tests.datamodules.pairs.test_folder import deep
 from tests.fuzz.samples import image
 
 
@@ -250,6 +251,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (folder / "one.png").symlink_to(elsewhere / "c.png")
     (folder / "self").symlink_to(folder / "self")
     assert names(folder) == ["a.png", "linked/c.png", "linked/deep/d.jpg", "one.png", "sub/b.png"]
+
+
+def test_folders_are_walked_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    (deep(tmp_path / "top", 1050) / "a.png").write_bytes(b"")
+    found = names(tmp_path)
+    subprocess.run(["rm", "-r", str(tmp_path / "top")], check=True)  # pytest's and shutil's removal recurse
+    assert found == ["top/" + "d/" * 1050 + "a.png"]
 
 
 def test_folder_that_cannot_be_read_is_an_error_or_counted(

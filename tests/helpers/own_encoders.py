@@ -119,6 +119,10 @@ class ShortTokens(Text):
         self.tokenizer = Characters(9)
 
 
+class NameOfTokenizer(Text):
+    tokenizer = "bert-base-uncased"
+
+
 class MethodTokenizer(Text):
     def tokenizer(self, texts: list[str]) -> Tensor:
         return torch.zeros(len(texts), self.context_length, dtype=torch.long)

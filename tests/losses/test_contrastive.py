@@ -18,6 +18,7 @@ from lit_clip.losses.distillation import ModelFeatures, distillation_loss
 from lit_clip.losses.duplicates import pair_ids, token_hash
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.models.tokenizer import CLIPTokenizer
+from lit_clip.tools.hashing import stable_hash
 from tests.helpers.ranks import PAIRS, make_batch
 from tests.helpers.ranks_losses import POLICIES
 
@@ -67,6 +68,25 @@ def test_loss_equals_plain_loops(size: int, scale: float) -> None:
     loss = contrastive_loss(image, text, image, text, torch.tensor(scale, dtype=torch.float64))
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(loss_in_plain_loops(image.tolist(), text.tolist(), scale), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("ranks", "local"), [(7, 1), (3, 5)])
+def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(kind: str, ranks: int, local: int) -> None:
+    leaves = [x.requires_grad_() for x in random_units(ranks * local, dim=6, seed=4)]
+    scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (20.0, -5.0))
+
+    def loss(rows: slice) -> Tensor:
+        image, text = leaves
+        if kind == "sigmoid":
+            return sigmoid_loss(image[rows], text, scale, bias, rows.start)
+        return contrastive_loss(image[rows], text[rows], image, text, scale, rows.start)
+
+    whole = loss(slice(0, ranks * local))
+    mean = torch.stack([loss(slice(row, row + local)) for row in range(0, ranks * local, local)]).mean()
+    torch.testing.assert_close(mean, whole, rtol=1e-12, atol=0)
+    for ours, expected in zip(torch.autograd.grad(mean, leaves), torch.autograd.grad(whole, leaves), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -231,6 +251,10 @@ def test_a_million_texts_have_no_hash_collisions() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 49408, (1_000_000, 8), generator=generator)
     assert token_hash(tokens, 0).unique().numel() == len(tokens)
+
+
+def test_hashes_of_keys_are_the_same_in_every_process() -> None:
+    assert stable_hash("photos/1.jpg") == 204653242225689059
 
 
 def test_pairs_with_the_same_image_caption_or_group_share_an_id_and_missing_groups_do_not() -> None:

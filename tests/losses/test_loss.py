@@ -20,7 +20,7 @@ from callbacks import EMA
 from datamodules import Captions
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
-from lit_clip.losses import Contrastive, Loss, Matryoshka, Sigmoid, Sum, WholeBatch
+from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, Sum, WholeBatch
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
@@ -182,6 +182,7 @@ def test_a_loss_is_described_by_its_arguments() -> None:
         (lambda pairs: (pairs.image * pairs.text).sum(dim=1), r" returned a tensor of shape \[4\]; return a scalar"),
         (lambda pairs: 1.0, " returned 1.0; return a scalar tensor, such as the mean"),
         (lambda pairs: pairs.image.detach().sum(), " returned a loss without gradient"),
+        (lambda pairs: LossValue(pairs.image.sum(), {"each": pairs.image}), ": its metric each is not a number"),
     ],
 )
 def test_a_loss_that_returns_no_scalar_is_named(result: Callable[[WholeBatch], Any], message: str) -> None:

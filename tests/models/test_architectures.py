@@ -315,6 +315,13 @@ def test_moves_on_one_device_leave_the_format_that_a_user_has_chosen() -> None:
     assert formats(in_format(CLIP(CONFIG), LAST).to("cpu").double()) == {LAST}
 
 
+def test_features_stay_channels_last_under_autocast() -> None:
+    images, model = torch.randn(2, 3, 64, 64), network().float()
+    assert model.feature_map(images).is_contiguous(memory_format=FIRST)  # a CPU's float32 gradients are exacter so
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.feature_map(images).is_contiguous(memory_format=LAST)
+
+
 def test_features_gradients_and_state_are_those_of_channels_first() -> None:
     plain = network()
     last = in_format(copy.deepcopy(plain), LAST)

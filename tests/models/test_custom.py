@@ -90,6 +90,7 @@ PATH = "tests.helpers.own_encoders"
         ("image", "Image", {"widht": 3}, "got an unexpected keyword argument 'widht'"),
         ("text", "Image", {}, "has the context_length None, at least 3; a text encoder"),
         ("text", "ShortTokens", {}, r"its tokenizer returns int64 \[2, 9\] for 2 texts; .* here 16"),
+        ("text", "NameOfTokenizer", {}, "its tokenizer is a str, which cannot be called with texts"),
         ("text", "MethodTokenizer", {}, "its tokenizer is a method of the encoder"),
         ("text", "TextOfLengths", {"masked": False}, "padding changes the features"),
     ],
@@ -101,6 +102,13 @@ def test_a_class_that_is_no_encoder_is_refused_in_one_line(
     with pytest.raises(InputError, match=rf"^architecture\.{kind}: .*{message}") as refused:
         CLIP(CLIPConfig(4, **{kind: config(f"{PATH}.{name}", init_args)}))
     assert "\n" not in str(refused.value)
+
+
+def test_blocks_that_are_no_modules_of_the_encoder_are_refused() -> None:
+    model = CLIP(own.architecture())
+    vars(model.visual.encoder)["blocks"] = [nn.Linear(2, 2)]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="`blocks` of Image holds more than modules of it"):
+        layer_groups(model, "image")
 
 
 def test_arguments_must_fit_into_a_checkpoint() -> None:

@@ -1,5 +1,6 @@
 """``model.encode`` and ``model.similarity``: texts, images and files in any mixture."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,13 @@ def test_a_string_that_is_no_file_is_a_text_and_a_path_is_always_a_file(model: C
     Path("broken.png").write_bytes(b"nothing")
     with pytest.raises(BadSample, match=r"broken\.png"):
         model.encode("broken.png")
+
+
+@pytest.mark.parametrize("call", [CLIP.encode, lambda model, items: model.similarity(items, "a cat")])
+def test_the_warning_shows_the_line_that_called(call: Callable[[CLIP, list[str]], Tensor], model: CLIP) -> None:
+    with pytest.warns(UserWarning, match=r"'cat\.png' is no file here") as caught:
+        call(model, ["cat.png"])
+    assert caught[0].filename == __file__
 
 
 def test_other_items_are_refused(model: CLIP) -> None:

@@ -31,6 +31,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, clean, from_source
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import token_hashes
 from tests.helpers.towers import (
     FAMILIES,
     TEXTS,
@@ -239,6 +240,16 @@ def test_settings_that_the_encoder_does_not_support_are_refused(folders: dict[st
     assert text_model(folders["t5"], context_length=400).context_length == 400  # T5's positions are relative
     with pytest.raises(InputError, match="has no pooler; choose another pooling"):
         text_model(folders["distilbert"], pooling="pooler")
+
+
+def test_captions_hash_the_same_in_batches_of_different_width(folders: dict[str, Path]) -> None:
+    tokenizer = text_model(folders["roberta"]).tokenizer
+    assert tokenizer.pad_id == 1
+    narrow, wide = (
+        token_hashes(tokenizer.trim(tokenizer(texts)), tokenizer.context_length, tokenizer.pad_id)
+        for texts in (["a dog"], ["a dog", TEXTS[1]])
+    )
+    assert narrow[0] == wide[0] != wide[1]
 
 
 # Other models' tokenizers give open_clip's and transformers' ids, and fit in a checkpoint.

@@ -104,6 +104,11 @@ def test_a_fixed_size_model_is_created_for_another_size_as_in_timm(
     assert_all_trainable_weights_are_used(ours, photos(size))
 
 
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(InputError, match=r"\[B, 3, 64, 64\]"):
+        image_tower("test_convnext", image_size=64)(photos(96))
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -148,6 +148,16 @@ def test_the_forward_pass_keeps_the_last_micro_batchs_activations_and_no_others(
     assert last <= saved_bytes(8, batch) < 1.1 * last + 8 * batch.images.nbytes  # float64 features of all, and pixels
 
 
+def test_the_kept_micro_batch_and_a_recomputed_one_do_not_coexist() -> None:
+    """The last one is kept: the backward pass begins with it, and then computes the others again, one after another."""
+    module, seen = make_module(micro_batch_size=2), list[float]()
+    normalize = module.model.normalize
+    module.model.normalize = lambda images: seen.append(float(images.sum())) or normalize(images)
+    module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    assert len(set(seen[:4])) == 4
+    assert seen[4:] == seen[2::-1]
+
+
 def test_accumulated_gradients_are_refused_in_favour_of_micro_batches() -> None:
     module = LitCLIP(CONFIG)
     module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true", "callbacks": ()})()  # pyright: ignore

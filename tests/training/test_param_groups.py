@@ -42,6 +42,7 @@ def test_every_step_has_open_clips_learning_rate(warmup_steps: int, total_steps:
     theirs = cosine_lr(optimizer, 5e-4, warmup_steps, total_steps)
     for step in range(total_steps):
         assert 5e-4 * warmup_cosine(step, warmup_steps, total_steps) == pytest.approx(theirs(step), abs=1e-15)
+    assert warmup_cosine(2 * (warmup_steps + total_steps), warmup_steps, total_steps) == 0  # and not up again
 
 
 def open_clips_groups(model: torch.nn.Module) -> tuple[set[str], set[str]]:

@@ -13,6 +13,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import Preprocessing, ResNetConfig
 from lit_clip.models.custom_config import CustomImageConfig
 from lit_clip.models.finetuning import Freeze
+from lit_clip.training.encode_again import EncodesAgain
 from lit_clip.training.place_contrastive import PlaceContrastive, place_similarities
 from tests.helpers.own_encoders import Image
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch, make_module
@@ -21,6 +22,11 @@ from tests.losses.test_tiled import Largest
 
 def with_places() -> Loss:
     return Sum([Contrastive(), PlaceContrastive()], [1.0, 0.5])
+
+
+def test_help_offers_no_part_of_a_loss_as_a_loss() -> None:
+    assert PlaceContrastive in Loss.__subclasses__()
+    assert EncodesAgain not in Loss.__subclasses__()
 
 
 def test_blocks_of_images_have_the_value_and_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

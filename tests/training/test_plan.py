@@ -26,7 +26,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
 from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.training.summary import print_next_steps, print_summary, resume_command
+from lit_clip.training.summary import print_next_steps, print_summary, print_trained, resume_command
 from lit_clip.weights.load import create_model
 from tests.conftest import TINY_YAML
 from tests.helpers.towers import text_config
@@ -367,3 +367,9 @@ def test_the_last_steps_are_saved_whether_or_not_a_validation_is_due(
     assert result.returncode == 0, result.stderr
     (resumed,) = [file for file in tmp_path.rglob("*.ckpt") if torch.load(file, weights_only=True)["global_step"] == 3]
     assert str(resumed.name) in result.stdout
+
+
+def test_groups_of_an_optimiser_without_weight_decay_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = torch.optim.Rprop([{"params": [torch.nn.Parameter(torch.zeros(3))], "name": "heads"}], lr=0.1).param_groups
+    print_trained(groups, torch.nn.Identity())
+    assert re.search(r"heads +│ +full +│ +3 │ +1.00e-01 │ +- │", capsys.readouterr().out)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import resource
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -269,6 +271,21 @@ def test_shards_are_inspected_and_trained_on_like_the_table(folder: Path) -> Non
     of_shards["copy with another caption"] -= 1
     assert of_shards == of_table
     assert len(kept_pairs(TarPairs("shards"), "inspect.findings.csv")) < len(TarPairs("shards"))
+
+
+def test_files_of_one_look_keep_no_file_open(folder: Path) -> None:
+    """An array of a data worker is shared memory, which is an open file as long as the array is kept."""
+    for number in range(120):
+        Path(f"like{number}.png").write_bytes(Path("up.png").read_bytes() + bytes([number]))
+    Path("like.csv").write_text("image,caption\n" + "".join(f"like{number}.png,a shirt\n" for number in range(120)))
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 60, limits[1]))
+    try:
+        run_command(["inspect", "like.csv", "--num_workers", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [line["finding"] for line in read()] == ["near copy"] * 119
 
 
 def test_captions_that_say_nothing() -> None:

@@ -66,6 +66,15 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert rows_of(global_batches(60, 12, 2, seed=1, epoch=2)) == orders[1, 2]
 
 
+def test_samples_carry_the_epoch_that_was_set_last_although_it_is_an_earlier_one() -> None:
+    sampler, found = GlobalBatchSampler(20, 4, 0, 1, seed=0), []
+    for epoch in (3, 7, 3):
+        sampler.set_epoch(epoch)
+        found.append(list(sampler))
+        assert {sample.epoch for batch in found[-1] for sample in batch} == {epoch}
+    assert found[0] == found[2] != found[1]
+
+
 def test_each_epoch_drops_other_samples() -> None:
     dropped = [frozenset(range(23)) - set(rows_of(global_batches(23, 12, 2, epoch=epoch))) for epoch in range(8)]
     assert all(len(rows) == 11 for rows in dropped)

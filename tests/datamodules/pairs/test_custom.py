@@ -116,6 +116,12 @@ def test_what_cannot_be_read_is_a_bad_sample(image: Any, captions: list[Any], re
         assert error.value.reason == reason
 
 
+def test_a_text_that_is_missing_is_not_called_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stored, "captions", lambda self, row: [Path("nowhere.txt").read_text()])
+    with pytest.raises(BadSample, match=r"^Stored row 0: no such file: nowhere\.txt$"):
+        Stored([noise()]).load(0, None)
+
+
 def test_a_source_that_does_not_keep_the_contract_is_refused_before_training() -> None:
     for source, message in [
         (Stored([]), "Stored: has no rows"),

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,8 @@ def test_a_row_is_left_out_with_the_last_of_its_captions(source: PairSource) -> 
         kept = kept_pairs(many, "m.csv")
         assert len(kept) == (2 if number < 3 else 1)
         assert kept.captions(0) == (list("xyz")[number:] or ["w"])
+        drawn = Counter(kept.text(0, random.Random(seed)).caption for seed in range(300))
+        assert max(drawn.values()) < 180 or len(kept.captions(0)) == 1  # of two, each as often as the other
 
 
 def test_a_line_that_a_person_adds_drops_a_row(source: PairSource) -> None:
@@ -178,10 +182,14 @@ def test_tables_without_lines_columns_or_text_are_one_line(source: PairSource) -
     save([{**lines[0], "row": row, "pair": "", "captions": "all"} for row in range(ROWS)])
     with pytest.raises(InputError, match="^t.csv: keeps no pair; change some decisions to keep"):
         kept_pairs(source, "t.csv")
-    for columns in ({"row": pa.array([[1]])}, {"pair": pa.array([2**64 - 1], pa.uint64())}, {"row": pa.array([1.5])}):
+    for columns in (
+        *({"row": pa.array([[1]])}, {"pair": pa.array([2**64 - 1], pa.uint64())}, {"row": pa.array([1.5])}),
+        *({"decision": pa.array([1])}, {"captions": pa.array([-1])}),
+    ):
         table = pa.table({**{name: [value] for name, value in lines[0].items()}, **columns})
         pq.write_table(table, "t.parquet")
-        with pytest.raises(InputError, match=r"^t.parquet(:| row 0:) (not a readable table of decisions|row is '1.5')"):
+        wrong = r"not a readable table of decisions|row is '1.5'|decision is 1; write keep|captions is -1; write all"
+        with pytest.raises(InputError, match=rf"^t.parquet(:| row 0:) ({wrong})"):
             kept_pairs(source, "t.parquet")
 
 

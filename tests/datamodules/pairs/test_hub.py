@@ -134,6 +134,8 @@ def test_mistakes_are_one_line(hub: Hub) -> None:
     hub.repositories["a/b"] = Repository()
     hub.repositories["a/b"].push({"images.zip": b"", "b.py": b"exit(1)"})
     assert "a/b: has no parquet files on the hub" in message("a/b")
+    hub.repositories["a/b"].push({"data/train-00000-of-00002.parquet": parquet(range(3))})  # an unfinished upload
+    assert "a/b: the hub has only 1 of the files of split train" in message("a/b")
     hub.repositories["some/texts"] = Repository()
     file = io.BytesIO()
     pq.write_table(pa.table({"question": ["?"], "text": ["a"]}), file)

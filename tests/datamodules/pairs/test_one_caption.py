@@ -22,12 +22,16 @@ from datamodules.pairs.source import ImageOptions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
+from lit_clip.models.config import CLIPConfig
+from lit_clip.module import LitCLIP
 from lit_clip.training.even_batches import even_batches
+from lit_clip.training.plan import measure_run, plan_rows
 from lit_clip.training.teacher import Distillation
 from tests.datamodules.pairs.test_kept import write
 from tests.helpers.epochs import assert_resumes, batches_of, epoch_of, opened, shared_by, written
 from tests.helpers.frozen_runs import Run, fit
 from tests.helpers.tar_shards import write_shards
+from tests.training.test_plan import trainer
 
 ONE, TOGETHER = CaptionOptions(per_image="one"), CaptionOptions(per_image="together")
 COUNTS = [1, 2, 3, 4, 5, 5, 2, 1, 5, 3, 4, 1]  # captions of the images
@@ -343,6 +347,13 @@ def test_rows_of_a_source_of_ones_own_with_several_captions_each_join_them_all()
     expected = [(f"image {i}", [f"{row} {x}" for row in (2 * i, 2 * i + 1) for x in "ab"]) for i in range(3)]
     assert sorted(captions_of(batches_of(data, 0))) == expected
     assert data.captions_per_image == 4
+
+
+def test_the_plan_counts_images_each_with_its_captions(by_number: Path, tiny_config: CLIPConfig) -> None:
+    of_run = trainer(datamodule=together(by_number, val=str(by_number)), num_devices=1, num_nodes=1)
+    rows = dict(plan_rows(measure_run(LitCLIP(tiny_config), of_run)))
+    assert rows["images per step"] == "4, each with all of its 3.2 captions on average"
+    assert rows["steps"] == "12, 3 per epoch"
 
 
 def test_parts_of_a_mixture_behave_alike_and_kept_pairs_are_joined(by_number: Path, tmp_path: Path) -> None:

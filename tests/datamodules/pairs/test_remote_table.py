@@ -193,6 +193,7 @@ def test_bad_images_are_bad_samples_and_a_dead_store_is_not(
     for row, problem in enumerate(["no such image file", "not an image", "not an image"]):
         with pytest.raises(BadSample, match=rf"/t.csv row {row + 2}: .*{problem}"):
             source.load(row, None)
+        assert source.text(row, None).caption == source.captions(row)[0]  # without the image
     with pytest.raises(BadSample, match="row 2"):
         source.check()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Columns
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -105,6 +105,16 @@ def test_damaged_data_set_is_an_error_that_names_the_file(tmp_path: Path) -> Non
         (folder / "state.json").write_text(state)
         with pytest.raises(InputError, match=message):
             open_source(folder)
+
+
+def test_a_text_that_is_not_utf8_is_a_bad_sample_and_no_damaged_file(tmp_path: Path) -> None:
+    texts = pa.array([b"zero", b"\xff", b"two"]).view(pa.string())
+    for name, captions in (("texts", texts), ("lists", pa.ListArray.from_arrays([0, 1, 2, 3], texts))):
+        images = pa.array([{"bytes": png(row), "path": None} for row in range(3)], IMAGE)
+        source = open_source(save(tmp_path / name, {"image": images, "caption": captions}, files=1))
+        assert [source.load(row, None).caption for row in (0, 2)] == ["zero", "two"]
+        with pytest.raises(BadSample, match="row 1: not UTF-8 text"):
+            source.load(1, None)
 
 
 @pytest.mark.parametrize("value", [2**31 - 5, -(2**30), 0])
