@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 
 
 # Of names of kinds there are few, each of many images; a sentence is of one image or of few.
-KINDS = Rule("names of kinds", 64, 3e-4, 60_000, 3, 120)
+KINDS = Rule("names of kinds", 64, 3e-4, 60_000, 3, 80)
 SENTENCES = Rule("sentences", 192, 1e-3, 60_000, 10, 20)
 
 
