@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -182,7 +183,10 @@ class NonFiniteSteps(Callback):
             if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
                 rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
             return
-        raise InputError(f"training stopped at step {number}: {what}; {advice}")
+        signals = signals_of(trainer)  # one would otherwise have saved a checkpoint
+        name = signal.Signals(signals.agreed).name if signals and signals.agreed else ""
+        unsaved = f"; {name} saved nothing, so resume from an earlier checkpoint" if name else ""
+        raise InputError(f"training stopped at step {number}: {what}; {advice}{unsaved}")
 
 
 def bad_rows(step: TrainingStep) -> Tensor:

@@ -343,15 +343,16 @@ class Told(Callback):
 
 
 @pytest.mark.parametrize("validated", [False, True])
-@pytest.mark.usefixtures("ahead")
 def test_a_signal_with_a_step_that_stops_a_run_ends_it_with_the_steps_error_and_saves_nothing(
-    validated: bool, fit: Fit, broken: Broken, tmp_path: Path
+    validated: bool, ahead: bool, fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:
     told, last = Told(), ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
     used = callbacks.defaults(last, SignalAt("on_before_optimizer_step", 3), broken(2), told)
     options = {"limit_val_batches": 1.0, "val_check_interval": 3 if validated else 4, "num_sanity_val_steps": 0}
     with pytest.raises(InputError, match="training stopped at step 2: the loss is nan") as error:
         fit(*used, log_every_n_steps=50, **options)
+    read_late = "; SIGTERM saved nothing, so resume from an earlier checkpoint"
+    assert str(error.value).endswith(read_late) == ahead  # otherwise the step ended the run before the signal was seen
     assert told.errors == [error.value]
     assert not list(tmp_path.glob("*.ckpt"))
 
