@@ -7,6 +7,7 @@ sets that are rules, ``image_files`` the base of most and ``annotation_files`` t
 
 from collections.abc import Callable
 
+from . import rules
 from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
@@ -17,7 +18,6 @@ from .localised_sets import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
 from .own_classes import LabelledTable, LocatedImages
 from .owners_layouts import IIIT5K, KITTI, VOC2007, Birdsnap, CLEVRCounts, Digits, Flowers102, StanfordCars, SVHNNumbers
 from .retrieval_sets import COCO, XTD10, CaptionedPairs, Crossmodal3600, Flickr30k, GroupedPairs
-from .rules import opener, rules
 from .torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
 from .video_sets import UCF101, Kinetics700, RareAct
 from .webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDatasetMultiLabel
@@ -48,9 +48,13 @@ __all__ += [
 ]
 __all__ += ["CIFAR10", "CIFAR100", "Kinetics700", "MNIST", "PCam", "RareAct", "STL10", "UCF101"]
 __all__ += ["WebDataset", "WebDatasetCaptions", "WebDatasetGroups", "WebDatasetMultiLabel"]
+# pyright: reportUnsupportedDunderAll = false
+# The sets of rules.yaml, which is read when the first of them is used.
+__all__ += ["AYahoo", "Caltech101", "Country211", "DTD", "EuroSAT", "FGVCAircraft", "Food101", "GTSRB", "HatefulMemes"]
+__all__ += ["ImageNetV2", "OxfordPets", "RESISC45", "RenderedSST2", "SUN", "SUN397"]
 
 
 def __getattr__(name: str) -> Callable[..., ListedImages]:
-    if name not in rules():
+    if name not in rules.rules():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return opener(name)
+    return rules.opener(name)

@@ -260,11 +260,11 @@ def _resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tu
     twice = len(label_of) < len(class_names)
     as_names = [label_of.get(label) if isinstance(label, str) and not twice else None for _, _, label in rows]
     as_numbers = [number if number in range(len(class_names)) else None for number in numbers]
-    whole = [[label for label in each if label is not None] for each in (as_names, as_numbers)]
-    found = [labels for labels in whole if len(labels) == len(rows)]
+    known = [[label for label in each if label is not None] for each in (as_names, as_numbers)]
+    found = [labels for labels in known if len(labels) == len(rows)]
     if not found:
-        read = [(a is not None) + (b is not None) for a, b in zip(as_names, as_numbers, strict=True)]
-        row, _, label = rows[read.index(min(read))]
+        meant = as_numbers if len(known[1]) > len(known[0]) else as_names  # as most cells are
+        row, _, label = rows[meant.index(None)]
         some = f"{', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}"
         some += ", some of which have the same name" if twice else ""
         problem = f"label {shown(label)} is none of the {len(class_names)} classes ({some})"

@@ -190,6 +190,7 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
         [row["it"] for row in read_table(path, {"it": [columns[path.name]]}, delimiter="\t")] for path in lists
     )
     folders.sort()
+    in_test = set(test)
     label_of = {name: label for label, name in enumerate(folders)}
     images = find(folder, ["download/images", "images"], "folder of images")
     files, labels = [], []
@@ -197,7 +198,7 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
         species = path.split("/")[0]
         if species not in label_of:
             raise InputError(f"{lists[1]}: {path} is of no species in species.txt; get both again")
-        if (path in test) == (split == "test") and (images / path).is_file():
+        if (path in in_test) == (split == "test") and (images / path).is_file():
             files.append((images / path).relative_to(folder).as_posix())
             labels.append(label_of[species])
     return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)

@@ -73,8 +73,11 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
     end; :class:`BadSample` if it contains no frame.
     """
     with _opened(path) as (container, stream):  # without decoding
-        times = sorted(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         unit = float(stream.time_base)
+    times = sorted(stamp for stamp in stamps if stamp is not None)
+    if len(times) < len(stamps):
+        raise BadSample(str(path), "no timestamps", "frames without timestamps; convert the video to .mp4")
     times = [time for time in times if span[0] <= (time - times[0]) * unit < span[1]]
     if frames == "centre":
         times = times[len(times) // 2 :][:1]

@@ -9,12 +9,13 @@ import importlib
 import os
 import shutil
 import tarfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
@@ -78,9 +79,8 @@ def download_missing(
     for plan in plans:
         try:
             make_folder(plan.root.parent, "--data_root")
-            with FileLock(plan.stage.with_name(f"{plan.stage.name}.lock")) as lock:  # a killed process holds none
+            with _alone(plan):
                 _download(plan)
-                Path(lock.lock_file).unlink(missing_ok=True)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
             stderr().print(f"{', '.join(plan.names)}: {error}")
@@ -153,6 +153,22 @@ def _of_hub(plan: _Plan, name: str) -> list[_HubFile]:
         raise InputError(f"{name}: cannot be downloaded from the hub ({first_line(error)})") from error
     require(bool(files), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
     return list(filter(plan.lacks, files))
+
+
+@contextmanager
+def _alone(plan: _Plan) -> Iterator[None]:
+    """Lock the folder after other processes have finished downloading into it; a killed process holds no lock."""
+    lock = FileLock(plan.stage.with_name(f"{plan.stage.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        stderr().print(f"{', '.join(plan.names)}: waiting for another process that downloads into {plan.root}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _download(plan: _Plan) -> None:

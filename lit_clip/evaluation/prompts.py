@@ -166,7 +166,8 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
     if named is not None:
         entry = _paper()[spec.removeprefix(PAPER)] if spec.startswith(PAPER) else {}
         options = {key: entry[key] for key in ("aliases", "by_name") if key in entry}
-        return _Classes(spec, _listed(named, spec).names, **options)
+        names = [[name] if isinstance(name, str) else name for name in named]  # clip-benchmark's may be empty
+        return _Classes(spec, names, **options)
     require(
         spec.endswith(FILES),
         f"class_names: {spec!r} must be {IMAGENET}, {PAPER}NAME, {PACKAGE}NAME or a YAML file",

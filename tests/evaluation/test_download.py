@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_interrupted_transfer_resumes_where_it_ended(
 
 
 def test_second_process_waits_and_downloads_nothing_again(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The lock is of an open file, so that threads stand for processes."""
     almost_done, go_on, fetch = Event(), Event(), download._fetch
@@ -178,9 +179,15 @@ def test_second_process_waits_and_downloads_nothing_again(
         assert almost_done.wait(20)
         almost_done.clear()
         second = pool.submit(download_missing, {"same": wds}, tmp_path / "data")
-        assert not almost_done.wait(0.5)
+        said, end = "", time.monotonic() + 10
+        while "same: waiting for another process that downloads into" not in said and time.monotonic() < end:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        waited = not almost_done.is_set()
         go_on.set()
         assert (first.result(20), second.result(20)) == ({}, {})
+    assert "same: waiting for another process that downloads into" in said
+    assert waited
     assert len(gets(hub)) == len(set(gets(hub))) == 5
     assert len(keys(wds, tmp_path / "data")) == len(WDS_LABELS)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]

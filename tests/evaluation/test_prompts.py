@@ -123,6 +123,21 @@ def test_prompts_equal_the_papers_letter_for_letter(name: str, label: int, first
     assert last is None or texts[-1] == last
 
 
+def test_class_names_of_our_own_files_are_sorted_as_in_the_paper() -> None:
+    """A typing mistake in a long list would rarely keep it sorted."""
+    for name in ("Birdsnap", "Food101", "Kinetics700", "DTD", "RESISC45", "UCF101", "FGVCAircraft"):
+        mark = "_" if name in ("Food101", "RESISC45") else " "
+        classes = [entry.replace(" ", mark) for entry in paper_classes(name)]
+        assert classes == sorted(classes, key=str.lower if name == "Kinetics700" else None), name
+
+
+def test_every_list_of_clip_benchmark_is_used_as_it_is() -> None:
+    """One of them has a class with an empty name."""
+    for name, classes in module._package("classes").items():
+        numbers = [str(label) for label in range(len(classes))]
+        assert prompts_of(f"clip_benchmark:{name}", "{}", numbers).names == classes
+
+
 def test_aliases_match_classes_that_a_set_names_differently() -> None:
     folders = ["yin_yang", "Faces_easy", "BACKGROUND_Google"]
     others = [

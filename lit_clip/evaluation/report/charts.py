@@ -66,9 +66,9 @@ def chart_settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def short_name(text: str, letters: int = LETTERS) -> str:
-    """Shorten a name to fit a chart, and remove line breaks and control characters."""
+    """Shorten a name to fit a chart, and remove line breaks and control characters; runs' paths differ at the end."""
     text = "".join(letter if letter.isprintable() else " " for letter in text).strip() or "?"
-    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
+    return text if len(text) <= letters else "…" + text[1 - letters :].lstrip()
 
 
 def run_name(path: str) -> str:

@@ -1,5 +1,6 @@
 """Sets that torchvision lacks: a table of their files, keys, images and labels; digits, votes and MATLAB files."""
 
+import importlib
 import json
 import os
 import pickle
@@ -304,6 +305,9 @@ def test_classes_and_images_are_those_of_the_papers(tmp_path: Path, monkeypatch:
     assert len(names) == 500
     assert sorted(name.replace(" ", "_") for name in names) == [name.replace(" ", "_") for name in names]
     assert len(PROMPTS["HatefulMemes"]["classes"]) == 2
+    importlib.import_module("datamodules.evaluation.rules")  # must not replace a name of the package
+    assert set(sets.rules.rules()) <= set(sets.__all__)  # which misspelled class paths are compared with
+    assert callable(sets.Food101)
     write_files(tmp_path, CELEBA)
     assert sets.CelebAIdentities(str(tmp_path), identities=3).class_names == ["Ann Lee", "Bo Ek", "Cy Ono"]
     assert "3 named people" in message_of(lambda: sets.CelebAIdentities(str(tmp_path)))

@@ -248,6 +248,13 @@ def test_label_without_a_class_is_an_error_naming_file_and_row(
     assert all(part in message for part in (f"{path.name} row {row}", *parts))
 
 
+@pytest.mark.parametrize(("labels", "row"), [(["cat", "1", "dog", "dog"], 3), (["0", "1", "dog", "1"], 4)])
+def test_label_of_another_kind_than_most_is_the_one_that_is_named(photos: Path, labels: list[str], row: int) -> None:
+    path = write_rows(photos, "csv", [(f"in/{number}.png", label) for number, label in enumerate(labels)])
+    message = message_of(lambda: LabelledTable(str(path), ["cat", "dog"]))
+    assert f"labels.csv row {row}: label {labels[row - 2]!r}" in message
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_missing_column_or_image_is_an_error_naming_the_option_to_set(photos: Path, form: str) -> None:
     path = write_rows(photos, form, ROWS, ("image", "thing"))

@@ -214,6 +214,9 @@ def test_broken_empty_and_missing_videos_are_errors_naming_the_file(tmp_path: Pa
         (tmp_path / name).write_bytes(content)
         assert str(tmp_path / name) in message_of(lambda name=name: read_frames(tmp_path / name, "centre"))
     assert "gone.mp4" in message_of(lambda: read_frames(tmp_path / "gone.mp4", "all"))
+    for number in (1, 5):
+        raw = write_video(tmp_path / "raw.h264", frame_colours(number), codec="libx264")
+        assert "raw.h264: frames without timestamps" in message_of(lambda raw=raw: read_frames(raw, "centre"))
 
 
 def test_without_pyav_the_error_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
