@@ -54,6 +54,7 @@ class Work(NamedTuple):
     captions: float  # of a sample
     batch: int  # samples
     steps: int  # of a run, if there is time
+    least: int  # steps for which blocks are trained
 
 
 class Plan(NamedTuple):
@@ -153,7 +154,8 @@ def work_for(facts: Facts, rule: Rule, together: bool, batch: int | None = None)
     captions = max(facts.pairs, facts.captions) / facts.images if together else 1.0
     batch = batch or max(2, min(rule.batch, samples // 4))
     seen = min(rule.most * samples, max(rule.fewest * samples, rule.seen))
-    return Work(samples, captions, batch, math.ceil(seen / batch))
+    least = max(LEAST, math.ceil(rule.fewest * samples / batch)) if rule is KINDS else LEAST  # else not measured
+    return Work(samples, captions, batch, math.ceil(seen / batch), least)
 
 
 def plan_for(
@@ -161,11 +163,11 @@ def plan_for(
 ) -> Plan:
     """Return the plan that fits a time with most trainable blocks, then most steps and augmented versions.
 
-    Of ``speeds``, with the most trainable blocks first, the first is taken for which :data:`LEAST` steps fit; for
+    Of ``speeds``, with the most trainable blocks first, the first is taken for which the least steps fit; for
     :data:`DEEP` all steps must. If nothing fits the plan is the smallest.
     """
     validated = facts.validation * facts.images / facts.pairs
-    least = min(work.steps, LEAST)
+    least = min(work.steps, work.least)
 
     def planned(level: tuple[Freeze, Speed], versions: int, fewest: int) -> Plan:
         """Return the plan with this number of versions and as many steps as fit, at least ``fewest``."""

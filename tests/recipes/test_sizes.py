@@ -343,6 +343,13 @@ def test_more_time_is_used_first_for_blocks_and_then_for_steps_and_versions() ->
     assert plans[3].versions == 8
 
 
+def test_names_train_fewer_blocks_rather_than_see_an_image_less_than_three_times() -> None:
+    """Of 3,068 clothes in 5 minutes of one core, 2 blocks named more in 6 passes than 4 blocks in one."""
+    plans = [plan_for(CLOTHES, work_of(CLOTHES), SPEEDS, seconds) for seconds in (132, 145, 300)]
+    assert [LEVELS.index(plan.freeze) for plan in plans] == [2, 1, 0]
+    assert all(plan.steps * work_of(CLOTHES).batch >= 3 * CLOTHES.images for plan in plans)
+
+
 def test_of_names_of_kinds_more_blocks_are_trained_only_where_all_steps_fit() -> None:
     few, speeds = Facts(115, 115, 10, 11), [(DEEP, Speed(0.01, 0.001, 0.014, 0.003)), *SPEEDS]
     plans = {minutes: plan_for(few, work_of(few), speeds, 60 * minutes) for minutes in (2, 5, 10)}
