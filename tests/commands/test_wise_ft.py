@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,10 @@ def test_skipped_images_are_told_and_do_not_count(
     line, images, alone = InterpolatedModels(*models), Broken(7, 0), Noise(7, 0)
     images.good = (1, 2, 4)
     alone.noise, alone.numbers = ([each[place] for place in images.good] for each in (alone.noise, alone.numbers))
-    settings = {"batch_size": batch_size, "num_workers": 0}
+    settings = Encoding(batch_size, 0)
     with pytest.raises(InputError, match="a: image 0: broken.*--on_error skip"):
-        evaluate_line(line, {"a": ZeroShotSet(images)}, ALPHAS, Encoding(**settings))
-    skipping = Encoding(**settings, on_error="skip")
+        evaluate_line(line, {"a": ZeroShotSet(images)}, ALPHAS, settings)
+    skipping = replace(settings, on_error="skip")
     found = evaluate_line(line, {"a": ZeroShotSet(images), "b": ZeroShotSet(alone)}, ALPHAS, skipping)
     assert found["a"] == found["b"]
     assert [text.splitlines()[0] for text in capsys.readouterr().err.split("skipped: a: image ")[1:]] == [
