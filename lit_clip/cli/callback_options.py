@@ -73,7 +73,7 @@ def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[An
     every = dict(zip(_numbered([*map(_name, [*listed, *more])]), [*listed, *more], strict=True))
     kept = [*every][: len(listed)]
     only = kept[0] if len(listed) == 1 else None
-    for option, value in options:
+    for option, value in sorted(options, key=lambda each: each.option == MINUS):
         if option == MINUS:
             name = value if value in every else _name(value)
             if name not in every:

@@ -235,6 +235,10 @@ def read_classes(words: Sequence[str]) -> list[str]:
         text = " ".join((bracketed[1] if bracketed else names[0]).split())
         names = [name.strip(" '\"") for name in text.split(",")]
     require(all(names), "--classes: a name is empty")
+    for name in names:
+        even = all(name.count(left) == name.count(right) for left, right in ("[]", "()"))
+        one = even and not re.fullmatch(r"\[.*,.*\]", name)
+        require(one, f"--classes: {name}: its brackets hold no list here; type all names as [a, b], or each as a word")
     counts = Counter(name.casefold() for name in names)
     if repeated := {name.casefold(): repr(name) for name in names if counts[name.casefold()] > 1}:
         listed = ", ".join(repeated.values())

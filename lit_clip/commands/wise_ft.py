@@ -9,10 +9,10 @@ from jsonargparse import ArgumentError
 from rich.table import Column, Table
 from torch import Tensor
 
-from lit_clip.embedding.encode import Encoding
+from lit_clip.embedding.encode import Encoding, check_complete
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.precision import autocast, check_precision
-from lit_clip.embedding.reading import encoded_batches, image_features
+from lit_clip.embedding.reading import UnreadableRow, encoded_batches, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.set_encoding import SetRows
@@ -20,7 +20,7 @@ from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import Console
+from lit_clip.tools.console import Console, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import or_skip
 from lit_clip.tools.messages import one_line
@@ -149,13 +149,19 @@ def evaluate_line(
                 classifiers[a] = zero_shot_classifier(line.at(a), images.class_names, templates)
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
-        settings = encoding.batch_size, encoding.workers
+        settings, unreadable = (encoding.batch_size, encoding.workers), list[UnreadableRow]()
         for batch, features in encoded_batches(model, SetRows(images), *settings, encode=encode, title=name):
             for bad in batch.unreadable:
                 require(encoding.on_error == "skip", or_skip(f"{name}: {bad.message}", "--on_error skip"))
-            for a, features_a in zip(alphas, features.unbind(dim=1) if batch.rows else (), strict=bool(batch.rows)):
-                logits = features_a @ classifiers[a].to(features_a)
-                counts[a] += classification_counts(logits.cpu(), labels[batch.rows])
+            unreadable += batch.unreadable
+            if batch.rows:
+                for a, features_a in zip(alphas, features.unbind(dim=1), strict=True):
+                    logits = features_a @ classifiers[a].to(features_a)
+                    counts[a] += classification_counts(logits.cpu(), labels[batch.rows])
+        with naming(name):
+            check_complete(len(labels) - len(unreadable), len(labels), unreadable)
+        for bad in unreadable:
+            stderr().print(f"skipped: {name}: {bad.message}")
         results[name] = {a: accuracies(count)["top1"] for a, count in counts.items()}
     return results
 

@@ -82,7 +82,7 @@ def _check(groups: Mapping[str, Sequence[str]]) -> None:
     for attribute, values in VALUES.items():
         require(attribute in groups, f"bias: groups have no {attribute}, only {', '.join(groups)}")
         wrong = sorted(set(groups[attribute]) - set(values))
-        require(not wrong, f"bias: {attribute} {', '.join(wrong)}; FairFace has {', '.join(values)}")
+        require(not wrong, f"bias: {attribute} is {', '.join(wrong)}; FairFace has {', '.join(values)}")
 
 
 def _denigration(score_NC: Tensor, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:

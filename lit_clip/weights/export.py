@@ -6,6 +6,8 @@ The tools take seconds to import, or are optional, so functions import them.
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -95,14 +97,16 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = N
         std = torch.tensor(model.preprocessing.std)
         std = std[:, None, None] if sample.pixels.ndim == 4 else std.repeat(sample.pixels.shape[2] // 3)
         pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
+    of_head = None
+    if head is not None:
+        assert reading.probabilities is not None
+        of_head = float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max())
     return Parity(
         float((reading.image - image).abs().max()),
         float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
-        None
-        if head is None or reading.probabilities is None
-        else float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max()),
+        of_head,
     )
 
 
@@ -334,6 +338,9 @@ def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
     }
 
 
+OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
+
+
 def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: list[int]) -> list[list[Tensor]]:
     """Run a folder's ONNX files with onnxruntime on the CPU in batches of these sizes; return each file's outputs.
 
@@ -341,6 +348,9 @@ def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: lis
     """
     import onnxruntime
 
+    command = [sys.executable, "-P", "-c", OPEN, *(str(folder / file) for file in inputs)]
+    status = subprocess.run(command, capture_output=True, check=False).returncode
+    require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
     outputs = []
     for file, (name, values) in inputs.items():
         session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])

@@ -40,7 +40,9 @@ class Repository(NamedTuple):
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
         listing = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
-        return f"uploading {decimal(sum(sizes.values()))} to {self.name} ({kind}): {listing}"
+        replaced = len(self.files & sizes.keys())
+        note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
+        return f"uploading {decimal(sum(sizes.values()))} to {self.name} ({kind}): {listing}{note}"
 
 
 def find_repository(name: str, private: bool) -> Repository:

@@ -125,6 +125,7 @@ def test_the_later_of_two_options_of_one_callback_wins() -> None:
     assert found["init_args"] == {"decay": "0.6"}
     rest, taken = take_options([f"{PREFIX}.EMA.decay=0.5", f"{PREFIX}+=callbacks.Other", f"{PREFIX}.decay", "0.6"])
     assert (len(rest), len(taken)) == (3, 1)  # of another callback
+    assert result(LISTED[0], f"{PREFIX}-=EMA", f"{PREFIX}.decay", "0.6") == []  # taken out, whatever else is set
 
 
 def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(

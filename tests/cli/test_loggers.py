@@ -105,12 +105,16 @@ def test_several_loggers_each_have_a_line_and_csv_gets_no_image(fit: Fit, tmp_pa
     assert not any(path.suffix == ".png" for path in tmp_path.rglob("*"))
 
 
-def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["RuntimeError('no store')", "ModuleNotFoundError('no store')"])
+def test_a_logger_that_cannot_be_created_is_one_line(
+    error: str, in_process: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    """Lightning's own loggers raise the latter if their packages are not installed."""
     (tmp_path / "mine.py").write_text(
         "from lightning.pytorch.loggers import CSVLogger\nclass Refusing(CSVLogger):\n"
-        "    def __init__(self, save_dir: str = '.'):\n        raise RuntimeError('no store')\n"
+        f"    def __init__(self, save_dir: str = '.'):\n        raise {error}\n"
     )
-    done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing")
+    done = in_process("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing")
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == "lit-clip: error: mine.Refusing: no store"
     assert "Traceback" not in done.stderr

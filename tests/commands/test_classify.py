@@ -130,6 +130,9 @@ def test_class_names_are_typed_as_words_or_as_a_list() -> None:
     assert read_classes(["ice cream,t-shirt"]) == read_classes(["ice cream", "t-shirt"]) == ["ice cream", "t-shirt"]
     assert read_classes(["[small] cat", "dog"]) == ["[small] cat", "dog"]
     assert read_classes(["[a]", "[b]"]) == ["[a]", "[b]"]
+    for words in (["(red,blue)"], ["[red,blue]", "green"]):
+        with pytest.raises(InputError, match="its brackets hold no list here"):
+            read_classes(words)
 
 
 def test_copies_with_one_class_are_examples(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

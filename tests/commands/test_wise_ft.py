@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import lit_clip
 from lit_clip.commands.wise_ft import InterpolatedModels, best_alpha, evaluate_line, save, wise_ft
 from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.precision import Precision
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.zero_shot import LabelledImages, ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
@@ -94,6 +95,38 @@ def test_the_alpha_with_the_best_mean_accuracy_is_chosen_and_the_smallest_on_a_t
     assert best_alpha({"t": {0.0: 0.2, 0.5: 0.5, 1.0: 0.7}, **held_out}, "t") == 0.5
     assert best_alpha({"t": {0.0: 0.5, 0.5: 0.5, 1.0: 0.5}}, "t") == 0.0
     assert best_alpha({"t": {0.0: 0.2, 0.5: 0.5, 1.0: 0.7}}, "t") == 1.0
+
+
+class Broken(Noise):
+    """Noise of which some images cannot be read."""
+
+    good: tuple[int, ...] = ()
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index not in self.good:
+            raise BadSample(f"image {index}", "broken")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_skipped_images_are_told_and_do_not_count(
+    batch_size: int, models: tuple[CLIP, CLIP], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, images, alone = InterpolatedModels(*models), Broken(7, 0), Noise(7, 0)
+    images.good = (1, 2, 4)
+    alone.noise, alone.numbers = ([each[place] for place in images.good] for each in (alone.noise, alone.numbers))
+    settings = Encoding(batch_size, 0)
+    with pytest.raises(InputError, match="a: image 0: broken.*--on_error skip"):
+        evaluate_line(line, {"a": ZeroShotSet(images)}, ALPHAS, settings)
+    skipping = replace(settings, on_error="skip")
+    found = evaluate_line(line, {"a": ZeroShotSet(images), "b": ZeroShotSet(alone)}, ALPHAS, skipping)
+    assert found["a"] == found["b"]
+    assert [text.splitlines()[0] for text in capsys.readouterr().err.split("skipped: a: image ")[1:]] == [
+        f"{row}: broken" for row in (0, 3, 5, 6)
+    ]
+    images.good = ()
+    with pytest.raises(InputError, match="a: none of 7 images could be read"):
+        evaluate_line(line, {"a": ZeroShotSet(images)}, ALPHAS, skipping)
 
 
 def write_sets(folder: Path) -> str:

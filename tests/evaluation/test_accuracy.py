@@ -172,6 +172,7 @@ def test_classes_are_the_papers_in_order() -> None:
 def test_accuracy_is_counted_overall_and_in_each_group() -> None:
     predictions = ["White", "Black", "Black", "Black", "White", "East Asian"]  # wrong: the second and the fifth
     report = bias_report({"race": scores_of("race", predictions)}, GROUPS)
+    assert (list(report["prompts"]), list(report["accuracy"])) == (["race"], ["race"])
     found = report["accuracy"]["race"]
     assert (found["overall"]["count"], found["overall"]["images"], found["overall"]["value"]) == (4, 6, 4 / 6)
     assert found["overall"]["interval"] == pytest.approx([beta.ppf(0.0025, 4, 3), beta.ppf(0.9975, 5, 2)])
@@ -206,5 +207,5 @@ def test_denigrating_predictions_are_counted_with_and_without_the_class_child() 
 
 
 def test_groups_that_fairface_does_not_have_are_an_error() -> None:
-    with pytest.raises(InputError, match="gender x; FairFace has Male, Female"):
+    with pytest.raises(InputError, match="gender is x; FairFace has Male, Female"):
         bias_report({"race": torch.zeros(6, 7)}, {**GROUPS, "gender": ["Male"] * 5 + ["x"]})

@@ -261,8 +261,9 @@ def plain_bootstrap(strata: list[list[float]], draws: int) -> tuple[float, float
         [[0.0] * 20 + [0.5] * 25 + [1.0] * 15],
         [[0.0] * 3 + [1.0] * 9, [0.0] * 25 + [1.0] * 5, [1.0] * 4],
         [[-1.0] * 6 + [0.0] * 30 + [1.0] * 14],
+        [[0.0, 1.0]] * 40,  # drawing two of two would make its interval a third too narrow
     ],
-    ids=["halves", "classes", "differences"],
+    ids=["halves", "classes", "differences", "small classes"],
 )
 def test_other_means_have_the_interval_of_a_plain_bootstrap(strata: list[list[float]]) -> None:
     values = np.array([value for stratum in strata for value in stratum])

@@ -230,6 +230,8 @@ def test_classes_with_few_examples_keep_one_to_learn_from() -> None:
     assert len(rest.features) == 10
     with pytest.raises(InputError, match="each class has one image"):
         held_out(split(torch.randn(3, 4), torch.arange(3), 3), seed=0)
+    with pytest.raises(InputError, match="features of 3 images, but targets of 13"):
+        Split(torch.randn(3, 4), rest.targets.take(torch.zeros(13)))
 
 
 @pytest.mark.parametrize("metric", ["map11", "roc_auc"])

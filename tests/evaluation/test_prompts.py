@@ -19,6 +19,7 @@ from lit_clip.evaluation import prompts as module
 from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
+from lit_clip.weights.fingerprint import text_sha256
 
 COUNTS = {  # classes and templates, counted in the paper's own files
     "Food101": (101, 1),
@@ -348,6 +349,13 @@ def test_a_damaged_cache_file_is_replaced(
     assert torch.equal(text_classifier(clip, PROMPTS, tmp_path), made)
     assert sum(calls) == 6
     assert path.read_bytes() == whole
+
+
+def test_text_hash_depends_on_the_activation(clip: CLIP, tiny_config: CLIPConfig) -> None:
+    same, other = CLIP(tiny_config), CLIP(replace(tiny_config, activation="quick_gelu"))
+    for model in (same, other):
+        model.load_state_dict(clip.state_dict())
+    assert text_sha256(same) == text_sha256(clip) != text_sha256(other)
 
 
 def test_a_class_without_a_prompt_is_an_error(clip: CLIP) -> None:

@@ -74,10 +74,17 @@ def test_prompts_of_similar_length_are_encoded_together_without_padding(
     monkeypatch.setattr(
         model, "encode_text", lambda x, normalize: shapes.append(tuple(x.shape)) or encode(x, normalize)
     )
-    zero_shot_classifier(
-        model, ["cat", "great white shark", "dog"], ["a {}", "one {}", "a photo of a {}"], batch_size=4
-    )
+    done: list[int] = []
+    names, templates = ["cat", "great white shark", "dog"], ["a {}", "one {}", "a photo of a {}"]
+    zero_shot_classifier(model, names, templates, batch_size=4, progress=done.append)
     assert shapes == [(4, 4), (4, 7), (1, 9)]  # start, words and end; three names in three templates
+    assert done == [4, 8, 9]
+
+
+def test_imagenet_lists_are_copies() -> None:
+    imagenet_class_names().clear()
+    imagenet_templates().clear()
+    assert (len(imagenet_class_names()), len(imagenet_templates())) == (1000, 80)
 
 
 def test_imagenet_names_and_templates_equal_the_papers() -> None:

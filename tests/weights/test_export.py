@@ -138,6 +138,14 @@ def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPCon
     assert types.count(onnx.TensorProto.FLOAT16) > types.count(onnx.TensorProto.FLOAT)
 
 
+def test_a_crash_of_onnxruntime_is_an_error(
+    tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_formats, "OPEN", "import os; os.abort()")
+    with pytest.raises(InputError, match=r"onnxruntime crashes on opening this model \(exit status -6\)"):
+        export_formats.read_onnx(tmp_path, export_formats.ExportSample.of(CLIP(tiny_config)))
+
+
 def test_formats_of_float32_weights_refuse_another_type_before_the_model_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--dtype int8: open_clip holds float32 weights, .* only onnx has others"):
         export("no such model", format="open_clip", output=str(tmp_path / "out"), dtype="int8")

@@ -109,7 +109,9 @@ def test_the_hub_shows_the_card_and_its_code_opens_the_model(hub: Hub, ours: CLI
 
 
 @pytest.mark.usefixtures("ours")
-def test_pushing_again_replaces_the_files_in_a_new_commit(hub: Hub, tmp_path: Path) -> None:
+def test_pushing_again_replaces_the_files_in_a_new_commit(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     push(tmp_path)
     first = hub.repositories["us/tiny"].branches["main"]
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "2"), push="us/tiny", license="mit")
@@ -117,6 +119,7 @@ def test_pushing_again_replaces_the_files_in_a_new_commit(hub: Hub, tmp_path: Pa
     assert repository.branches["main"] != first
     assert b"license: mit" in repository.commits[repository.branches["main"]]["README.md"]
     assert repository.commits[first].keys() == repository.commits[repository.branches["main"]].keys()
+    assert "3 of them in place of older ones" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ours")

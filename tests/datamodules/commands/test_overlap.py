@@ -545,6 +545,18 @@ def test_the_command_accepts_a_suite(drawn: Drawn, tmp_path: Path, monkeypatch: 
         run_overlap(drawn, tmp_path / "overlap.json", *words, "--sets", "missing")
 
 
+def test_images_of_which_none_can_be_read_are_an_error(drawn: Drawn, tmp_path: Path) -> None:
+    words = [str(drawn.evaluation), "--train", str(write_table(tmp_path / "train", photographs()[:2]))]
+    for number in (0, 1):
+        (tmp_path / f"train/{number}.png").write_text("no image")
+    with pytest.raises(InputError, match=r"none of 2 training images could be read; .*train.csv row 2: .*not an image"):
+        run_overlap(drawn, tmp_path / "overlap.json", *words)
+    (tmp_path / "pets/cat").mkdir(parents=True)
+    (tmp_path / "pets/cat/1.png").write_text("no image")
+    with pytest.raises(InputError, match=r"none of 1 images of pets could be read; .*cat/1.png"):
+        run_overlap(drawn, tmp_path / "overlap.json", str(tmp_path / "pets"), *words[1:])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
