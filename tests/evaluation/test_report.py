@@ -489,7 +489,8 @@ def test_drawing_restores_matplotlibs_settings_and_is_reproducible(full: dict[st
     assert first == second
     assert first.startswith("<svg")
     assert ">mean over sets, %</text>" in first  # text, in the reader's fonts
-    assert (short_name("tab\there"), short_name("\x00"), short_name("é" * 50, 10)) == ("tab here", "?", "…" + "é" * 9)
+    names = [short_name(name, 10) for name in ("tab\there", "\x00", "runs/first/zero-shot")]
+    assert names == ["tab here", "?", "…zero-shot"]
     assert (run_name("runs/b16/results.json"), run_name("results.json")) == ("runs/b16", "results.json")
 
 

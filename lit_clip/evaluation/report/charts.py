@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, safe for colour-blind readers; the first colour is this run's, black is the paper's.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
 INK, MUTED, GRID = "#222222", "#777777", "#E4E4E4"
-LETTERS = 30  # longest name
 WIDTH = 9.0  # inches
 STYLE = {
     "text.parse_math": False,  # a name with two dollar signs is not a formula
@@ -65,7 +64,7 @@ def chart_settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         yield
 
 
-def short_name(text: str, letters: int = LETTERS) -> str:
+def short_name(text: str, letters: int) -> str:
     """Shorten a name to fit a chart, and remove line breaks and control characters; runs' paths differ at the end."""
     text = "".join(letter if letter.isprintable() else " " for letter in text).strip() or "?"
     return text if len(text) <= letters else "…" + text[1 - letters :].lstrip()
