@@ -4,7 +4,10 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from traceback import walk_tb
 
@@ -16,6 +19,7 @@ UNION = "Does not validate against any of the Union subtypes"
 # Lines of jsonargparse's own in the list of a union's problems; any other is the message of a constructor.
 NO_REASON = ("Not a valid subclass", "Expected a", "a class path", "a dict ", "Type ", "Problem with", UNION)
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
+SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
 # The system's error, and torch's where a descriptor that a data worker sends does not arrive.
 MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
 # Other libraries' errors whose messages are for the user; a module that is not imported cannot have raised one.
@@ -93,6 +97,15 @@ def user_error(error: BaseException) -> BaseException | None:
 
     jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
+    try:
+        return _user_error(error)
+    except RuntimeError as late:  # torch's handler of SIGCHLD raises one wherever it is called, so here, too
+        if not LOST_WORKER.search(str(late)):
+            raise
+        return user_error(late)
+
+
+def _user_error(error: BaseException) -> BaseException | None:
     chain, text = [error], str(error)
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -119,10 +132,23 @@ def _of_machine(error: BaseException) -> InputError | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
     if isinstance(error, OSError | EOFError):  # a worker that dies while it sends a batch closes its connection
-        receiving = any(frame.f_code.co_name == "_try_get_data" for frame, _ in walk_tb(error.__traceback__))
+        receiving = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "_try_get_data"]
+        for frame in receiving:
+            _await_end(getattr(frame.f_locals.get("self"), "_workers", ()))
         return InputError(WORKER.format("")) if receiving else None
     for words, meaning in MEANINGS.items() if isinstance(error, RuntimeError) else ():
         if found := re.search(words, str(error)):
             return InputError(found.expand(meaning).replace("`", ""))
     lost = LOST_WORKER.search(str(error))
     return InputError(WORKER.format(f" ({lost[1]})" if lost[1] else "")) if lost else None
+
+
+def _await_end(workers: Sequence[BaseProcess]) -> None:
+    """Wait until a worker that has closed its connection is gone: torch's handler would raise its error anywhere later.
+
+    In between the system may write a core file.
+    """
+    ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
+    for each in workers:
+        if each.sentinel in ended:
+            each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read

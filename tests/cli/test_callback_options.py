@@ -131,19 +131,22 @@ def test_the_later_of_two_options_of_one_callback_wins() -> None:
 def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(
     cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
-    config = tmp_path / "two.yaml"
-    config.write_text(yaml.safe_dump({"trainer": {"callbacks": LISTED[:2]}}), encoding="utf-8")
+    config, reference = tmp_path / "two.yaml", "${oc.env:FILE_NAME}"
+    listed = [LISTED[0], {"class_path": KEEPER, "init_args": {"filename": reference}}]
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": listed}}), encoding="utf-8")
     words = [word for word in WORDS if "--trainer.callbacks+" not in word]
     data = ["--data.train", str(caption_table), "--data.val", str(caption_table), "--config", str(config)]
     options = [f"{PREFIX}.EMA.decay", "0.5", f"{PREFIX}.NonFiniteSteps.policy=skip"]
     more = [f"{PREFIX}+=callbacks.SimilarityMatrix", f"{PREFIX}.pairs", "3"]
-    run = cli("fit", *words, *data, *more, *options)
+    run = cli("fit", *words, *data, *more, *options, environment={"FILE_NAME": "from_outside"})
     assert run.returncode == 0, run.stderr
+    assert list(tmp_path.rglob("from_outside.ckpt"))  # although an option changes the list
     saved = yaml.safe_load((tmp_path / "runs/mine/version_0/fit_config.yaml").read_text(encoding="utf-8"))
     found = {each["class_path"].rpartition(".")[2]: each["init_args"] for each in saved["trainer"]["callbacks"]}
     assert list(found) == ["EMA", "ModelCheckpoint", "SimilarityMatrix", "NonFiniteSteps"]
     assert (found["EMA"]["decay"], found["SimilarityMatrix"]["pairs"]) == (0.5, 3)
     assert found["NonFiniteSteps"]["policy"] == "skip"
+    assert found["ModelCheckpoint"]["filename"] == reference
     refused = in_process("fit", *words, *data, f"{PREFIX}.decay", "0.5")
     assert refused.returncode == 2
     assert f"{PREFIX}.decay: names none of the callbacks, which are EMA, ModelCheckpoint, Pre" in refused.stderr

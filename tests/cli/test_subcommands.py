@@ -345,6 +345,17 @@ def test_the_table_lists_the_matching_models(capsys: pytest.CaptureFixture[str])
     assert "8.82" in output
 
 
+def test_a_model_that_cannot_be_measured_gets_a_question_mark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: CLIPConfig) -> None:
+        raise NotImplementedError("not on meta")
+
+    monkeypatch.setattr(lit_clip.models.flops, "CLIP", fail)
+    run_command(["models", "ViT-tiny-16-64"])
+    assert capsys.readouterr().out.split("ViT-tiny-16-64")[1].split()[:3] == ["?", "?", "?"]
+
+
 def test_pretrained_lists_open_clips_registry(capsys: pytest.CaptureFixture[str]) -> None:
     import open_clip
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_examples import folder_truth
+from lit_clip.commands.class_output import RankedClass, ranked
 from lit_clip.commands.classify import read_classes
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError
@@ -133,6 +135,25 @@ def test_class_names_are_typed_as_words_or_as_a_list() -> None:
     for words in (["(red,blue)"], ["[red,blue]", "green"]):
         with pytest.raises(InputError, match="its brackets hold no list here"):
             read_classes(words)
+
+
+def test_scores_have_the_precision_that_is_asked_for_and_hold_no_graph_of_the_model(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folders(root / "photos", "test", 7)
+    found: list[torch.Tensor] = []
+
+    def keep(probability: torch.Tensor, *others: Any) -> list[list[RankedClass]]:
+        found.append(probability)
+        return ranked(probability, *others)
+
+    monkeypatch.setattr("lit_clip.commands.classify.ranked", keep)
+    for precision in ("32-true", "bf16-mixed"):
+        classify(capsys, "photos", "--precision", precision)
+    exact, half = found
+    assert not exact.requires_grad
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
 
 
 def test_copies_with_one_class_are_examples(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

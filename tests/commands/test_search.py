@@ -159,6 +159,14 @@ def test_an_index_of_another_precision_is_made_again(folder: Path, tiny_checkpoi
     assert again == exact
 
 
+def test_a_damaged_index_is_rebuilt(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    first, _ = search("photos", "kite", "--model", str(tiny_checkpoint))
+    index = folder / "photos" / INDEX
+    index.write_bytes(index.read_bytes()[:200])
+    found, encoded = search("photos", "kite", "--model", str(tiny_checkpoint))
+    assert (len(encoded), found) == (5, first)
+
+
 def test_somebodys_arrays_are_not_replaced_by_an_index(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     np.savez(folder / "arrays.npz", values=np.zeros(3))
     before = (folder / "arrays.npz").read_bytes()

@@ -153,6 +153,11 @@ def test_they_equal_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(lazy_zeros(shape, dtype), torch.zeros(shape, dtype=dtype), rtol=0, atol=0)
 
 
+def test_they_equal_torchs_where_the_system_has_no_private_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mmap.MAP_PRIVATE")
+    assert lazy_zeros((2, 3), torch.int64).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
 def test_another_process_writes_to_pages_of_its_own() -> None:
     zeros = lazy_zeros((4,), torch.float32)
     child = os.fork()
