@@ -268,16 +268,6 @@ def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path
     assert "litlogger" not in result.stderr
 
 
-def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
-    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
-) -> None:
-    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
-    del checkpoint["state_dict"]["ln_final.weight"]
-    torch.save(checkpoint, tmp_path / "broken.ckpt")
-    result = in_process(*words("fit", caption_table), "--ckpt_path", "broken.ckpt")
-    assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
-
-
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "decay", "loss"])
 @pytest.mark.parametrize(
     "value",
