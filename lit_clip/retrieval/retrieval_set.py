@@ -269,12 +269,6 @@ def mean_recall(metrics: Mapping[str, float], kinds: bool = False) -> float:
     return fmean(metrics[f"{merged}{direction}_recall@{k}"] for direction in directions for k in RECALL_AT)
 
 
-def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Evaluation:
-    """Return metrics and baselines of a set that is whole in this process, from unit features."""
-    ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
-    return Evaluation(retrieval_metrics(ranks, pairs), retrieval_baselines(pairs))
-
-
 def retrieval_baselines(pairs: PairIndices) -> dict[str, float]:
     """Return the recalls of :func:`retrieval_metrics` for an answer without a model."""
     return _recall_metrics(dict(zip(_names(pairs), baseline_recalls(pairs, RECALL_AT), strict=False)))

@@ -289,6 +289,19 @@ def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path
     ]
 
 
+@pytest.mark.usefixtures("folder")
+def test_the_printed_configuration_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the numbers of torchvision's transforms."""
+    printed = []
+    for config in ("config.yaml", "again.yaml"):
+        with pytest.raises(SystemExit):
+            run(args=["--config", config, "--print_config"], execute=False)
+        printed.append(capsys.readouterr().out)
+        Path("again.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    assert "RandomRotation" in printed[0]
+
+
 @pytest.mark.parametrize(
     ("data", "pairs"), [(["own_data.Data", "--data.count", "9"], 10), (["own_loaders.Loaders"], 2)]
 )

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_examples import folder_truth
-from lit_clip.commands.class_output import RankedClass, ranked
+from lit_clip.commands.class_sources import class_probabilities
 from lit_clip.commands.classify import read_classes
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError
@@ -143,15 +142,16 @@ def test_scores_have_the_precision_that_is_asked_for_and_hold_no_graph_of_the_mo
     write_folders(root / "photos", "test", 7)
     found: list[torch.Tensor] = []
 
-    def keep(probability: torch.Tensor, *others: Any) -> list[list[RankedClass]]:
-        found.append(probability)
-        return ranked(probability, *others)
+    def keep(model: CLIP, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        probability = class_probabilities(model, features, weights)
+        assert not probability.requires_grad
+        found.append(features)
+        return probability
 
-    monkeypatch.setattr("lit_clip.commands.classify.ranked", keep)
+    monkeypatch.setattr("lit_clip.commands.class_sources.class_probabilities", keep)
     for precision in ("32-true", "bf16-mixed"):
         classify(capsys, "photos", "--precision", precision)
     exact, half = found
-    assert not exact.requires_grad
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
 

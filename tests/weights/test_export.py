@@ -296,6 +296,11 @@ def test_a_model_that_a_format_cannot_represent_is_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_siglips_bias_is_beside_its_onnx_files(siglip: CLIP) -> None:
+    assert siglip.logit_bias is not None
+    assert export_formats.onnx_facts(siglip)["bias"] == float(siglip.logit_bias) != 0
+
+
 def test_options_that_open_clip_would_ignore_are_refused(tmp_path: Path, siglip: CLIP) -> None:
     with pytest.raises(InputError, match="open_clip cannot pass {.*} to timm's vit_base_patch16_siglip_224; use onnx"):
         export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
