@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from .openmoji import OpenMoji, OpenMojiClasses
     from .pairs.batch_order import BatchOptions
     from .pairs.custom import CustomPairs
-    from .pairs.source import CaptionOptions, Classes, Columns, ImageOptions
+    from .pairs.source import CaptionOptions, Classes, Columns, ImageOptions, ShardOptions
     from .parallel_sentences import ParallelSentences
-    from .shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",

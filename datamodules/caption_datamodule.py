@@ -40,7 +40,6 @@ from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.image_captions import captions_per_image, chosen_pairs, joined
 from .pairs.kept import digest_of_kept
-from .pairs.related_rows import distinct_images, name_pairs, neighbours_of_images, stored_neighbours
 from .pairs.reports import report_captions, report_images
 from .pairs.sentences import FittingCaptions
 from .pairs.source import CaptionOptions, ImageOptions, PairSource
@@ -149,6 +148,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if train is not None:
             train = chosen_pairs(train, self.captions.per_image, self.images.per_thing)
         if train is not None and self.batches.reorder:
+            from .pairs.related_rows import name_pairs, stored_neighbours
+
             self._names = name_pairs(train, self.num_workers)
             features = self.batches.features
             near = stored_neighbours(features, self._names) if features else None
@@ -162,11 +163,15 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def neighbour_images(self) -> SourcePairs:
         """Return each image of the training source once; the neighbours of pairs are found among them."""
+        from .pairs.related_rows import distinct_images
+
         assert self.batch_order is not None, "needs batches.hard"
         return SourcePairs(self.batch_order.source, distinct_images(self._names).tolist())
 
     def use_neighbours(self, images: np.ndarray, nearest: np.ndarray) -> None:
         """Fill the hard places of the next epochs, from rows of :meth:`neighbour_images` and places in ``images``."""
+        from .pairs.related_rows import neighbours_of_images
+
         assert self.batch_order is not None, "needs batches.hard"
         self.batch_order.use(neighbours_of_images(self._names, images, nearest))
 

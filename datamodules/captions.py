@@ -23,8 +23,7 @@ from .open_source import open_source
 from .pairs.batch_order import BatchOptions
 from .pairs.kept import FilteredPairs, kept_pairs
 from .pairs.mixture import Mixture
-from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, ImageOptions, PairSource
-from .shards.pairs import ShardOptions
+from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, ImageOptions, PairSource, ShardOptions
 
 VALIDATION_SHARE = 0.1
 FEW = 10  # pairs, of which one is ten points of recall

@@ -17,20 +17,29 @@ from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import check_is_file, reading
 from .loading.store import is_remote
-from .pairs import coco, parquet, stored, text_table
-from .pairs.folder import FolderPairs, open_class_folders
 from .pairs.mixture import Concatenated
-from .pairs.remote import open_hub_data, open_remote_table, parse_hub_name, url_suffix
 from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
-from .shards.index import INDEX_SUFFIX
-from .shards.pairs import TarPairs
+from .pairs.text_table import open_table
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
+
+def _open_json(path: Path, options: SourceOptions) -> PairSource:
+    from .pairs.coco import open_json
+
+    return open_json(path, options)
+
+
+def _open_parquet(path: Path, options: SourceOptions) -> PairSource:
+    from .pairs.parquet import open_parquet_file
+
+    return open_parquet_file(path, options)
+
+
 FILES: dict[str, Opener] = {  # by suffix
-    **dict.fromkeys((*DELIMITED, *JSON_LINES), text_table.open_table),
-    ".json": coco.open_json,
-    ".parquet": parquet.open_parquet_file,
+    **dict.fromkeys((*DELIMITED, *JSON_LINES), open_table),
+    ".json": _open_json,
+    ".parquet": _open_parquet,
 }
 REMOTE = (*DELIMITED, *JSON_LINES, ".parquet")  # suffixes of tables that are read from a store
 SUPPORTED = (
@@ -82,6 +91,8 @@ def stamp_of_data(data: Sequence[str], without: Sequence[Path] = ()) -> str:
     Files of ``without`` do not count, such as the caller's own output, nor do indexes of shards: several jobs write
     them at once.
     """
+    from .shards.index import INDEX_SUFFIX
+
     outputs = [os.path.abspath(path) for path in without]
     stamps = []
     for name in data:
@@ -95,6 +106,8 @@ def stamp_of_data(data: Sequence[str], without: Sequence[Path] = ()) -> str:
 
 def holds_pairs(name: str) -> bool:
     """Return whether a path is a source of pairs, such as a table or shards, and not images."""
+    from .pairs.remote import parse_hub_name
+
     path = Path(name).expanduser()
     if is_remote(name) or _is_shards(name) or path.suffix.lower() in FILES:
         return True
@@ -110,6 +123,8 @@ def _is_shards(name: str) -> bool:
 
 
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
+    from .shards.pairs import TarPairs
+
     options.refuse_split(names[0])
     options.refuse_classes(names[0])
     options.refuse_columns(names[0], ("image", "negative"), "shards have no such column")
@@ -124,6 +139,8 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     if _is_shards(name):
         return _open_shards([name], options)
     if is_remote(name):
+        from .pairs.remote import open_remote_table, url_suffix
+
         suffix = url_suffix(name)
         readable = f"only tables ({', '.join(REMOTE)}) and tar shards are read from a URL"
         require(suffix in REMOTE, f"{name}: {readable}; download it")
@@ -134,10 +151,12 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     check_is_file(path)
     suffix = path.suffix.lower()
     exists = os.path.exists(path)
-    parts = None if exists or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
-    if parts is not None:
-        return open_hub_data(name, parts, options)
     if not exists:
+        from .pairs.remote import open_hub_data, parse_hub_name
+
+        parts = None if suffix in (*FILES, *IMAGES) else parse_hub_name(name)
+        if parts is not None:
+            return open_hub_data(name, parts, options)
         instead = similar_file(path) if suffix in FILES else f"; data may be {SUPPORTED}"
         raise InputError(f"{name[:1000]}: no such file or folder{instead}")
     require(suffix in FILES, f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
@@ -145,6 +164,8 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
 
 
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
+    from .pairs.folder import FolderPairs, open_class_folders
+
     if options.classes != Classes():
         return open_class_folders(folder, options)
     open_it = _format_of(folder)
@@ -157,6 +178,8 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
 
 def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
     """Return the opener of the first format found in a folder; None for a folder of images and texts."""
+    from .pairs import parquet, stored
+
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return partial(stored.open_saved, folder)
     with reading(folder, "folder"):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_clip.errors import require
 from lit_clip.tools.hashing import hex_digest
 from ..loading.sampling import draw_numbers
-from .related_rows import Neighbours, Shared
 from .source import PairSource
+
+if TYPE_CHECKING:
+    from .related_rows import Neighbours, Shared
 
 MOST_LEFT, MOST_EARLIER, MOST_TRIES = 128, 256, 8  # rows, and batches, that are tried to fill another batch
 MOST_IDLE = 8  # earlier batches one after the other that give no row
@@ -62,7 +64,7 @@ class _Walk:
     """
 
     def __init__(
-        self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None = None, hard: int = 0
+        self, order: np.ndarray, size: int, shared: "Shared", near: "Neighbours | None" = None, hard: int = 0
     ) -> None:
         self.order = order
         self.size = size
@@ -216,7 +218,7 @@ class BatchOrder:
     """
 
     def __init__(
-        self, source: PairSource, options: BatchOptions, seed: int, shared: Shared, near: Neighbours | None = None
+        self, source: PairSource, options: BatchOptions, seed: int, shared: "Shared", near: "Neighbours | None" = None
     ) -> None:
         self.source = source
         self.options = options
@@ -227,7 +229,7 @@ class BatchOrder:
         self._latest = (-1, 0, np.zeros(0, np.int64))  # epoch, batch size and order
         self._told = False  # that an epoch repeats batches
 
-    def use(self, near: Neighbours) -> None:
+    def use(self, near: "Neighbours") -> None:
         """Fill the hard places of the next orders with other neighbours."""
         self.near, self._latest = near, (-1, 0, np.zeros(0, np.int64))
         self.__dict__.pop("digest", None)

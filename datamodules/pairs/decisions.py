@@ -27,7 +27,7 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from ..near_duplicates import components
 from .column_names import ColumnNames
-from .source import DELIMITED, JSON_LINES, PairSource, compute
+from .source import DELIMITED, JSON_LINES, MAKE_AGAIN, PairSource, compute
 from .text_table import raw_rows, shown
 
 KEEP, DROP = "keep", "drop"
@@ -40,7 +40,6 @@ LABEL = re.compile(rf"({FINDINGS}|{ALL_PAIRS}) (\d{{1,15}}) rows(?:, version [0-
 OF_CAPTIONS = re.compile(r"1 of (\d{1,9})")
 NUMBER = re.compile(r"(-?\d{1,19})(?:\.0*)?")
 PAIR = re.compile(r"p([0-9a-f]{16})")
-MAKE_AGAIN = "write the table again"
 NO_NUMBER = f"{{}} is {{{{}}}}, no whole number or hash; {MAKE_AGAIN}"
 TABLE_OF = "give a table of lit-clip inspect, overlap or score"
 LINE = np.dtype([("row", "i8"), ("pair", "i8"), ("known", "?"), ("drop", "?"), ("captions", "i8"), ("copy_of", "i8")])

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import pair_hash
 from lit_clip.tools.text_files import no_formula
 from .decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
 from .source import COLUMNS, NO_CAPTION, Columns, PairSource

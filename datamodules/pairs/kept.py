@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.hashing import hex_digest, pair_hash
 from lit_clip.tools.reading import naming
-from .decisions import ALL_PAIRS, FINDINGS, KEEP, MAKE_AGAIN, Decisions, joined, label_of, read_decisions
 from .mixture import Concatenated
-from .source import Pair, PairSource, Row, Rows, one_of
+from .source import MAKE_AGAIN, Pair, PairSource, Row, Rows, one_of
+
+if TYPE_CHECKING:
+    from .decisions import Decisions
 
 CHECKED = 100  # pairs that are compared with the source before it is used
 SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one or two are fetched
@@ -22,6 +24,8 @@ SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one
 
 def kept_pairs(source: PairSource, tables: str | Path | Sequence[str], option: str = "") -> "FilteredPairs":
     """Return the pairs of a source that every table of decisions keeps; messages name ``option``."""
+    from .decisions import KEEP, joined
+
     paths = [str(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     with naming(option):
         require(bool(paths), "an empty list of tables; name one, or leave it out")
@@ -34,6 +38,8 @@ def kept_pairs(source: PairSource, tables: str | Path | Sequence[str], option: s
 
 
 def _kept_pairs(source: PairSource, path: str) -> "FilteredPairs":
+    from .decisions import ALL_PAIRS, FINDINGS, label_of, read_decisions
+
     decisions = read_decisions(Path(path).expanduser())
     kind = ALL_PAIRS if decisions.keeps_listed else FINDINGS
     decisions = decisions if decisions.label else replace(decisions, label=label_of(source, kind))
@@ -62,7 +68,7 @@ class FilteredPairs(Rows):
     another's decision. Rows with the same image have the key of the first of them, and are not divided.
     """
 
-    def __init__(self, source: PairSource, rows: np.ndarray, decisions: Decisions, name: str) -> None:
+    def __init__(self, source: PairSource, rows: np.ndarray, decisions: "Decisions", name: str) -> None:
         super().__init__(source, rows)
         self.decisions, self.name = decisions, name
 

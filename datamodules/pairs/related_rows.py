@@ -8,13 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_clip.distributed import rank_and_world
-from lit_clip.embedding.feature_files import read_features
-from lit_clip.embedding.index import nearest_others
-from lit_clip.embedding.pair_scores import pair_hash
-from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample, require
 from lit_clip.tools.console import progress
-from lit_clip.tools.hashing import hash64
+from lit_clip.tools.hashing import hash64, pair_hash
 from lit_clip.tools.workers import Mapped, loader
 from .source import PairSource
 
@@ -84,6 +80,8 @@ def name_pairs(source: PairSource, num_workers: int) -> PairNames:
 
     Images are the same if their keys are; so are the copies in the table of ``inspect`` that ``data.keep`` names.
     """
+    from lit_clip.embedding.reading import in_batches
+
     read: Mapped[_Chunk] = Mapped(partial(_read_each, source), in_batches(range(len(source)), CHUNK))
     parts: list[_Chunk] = []
     with progress("looking for duplicates", len(source), rank_and_world()[0] == 0) as advance:
@@ -135,6 +133,9 @@ class Neighbours(NamedTuple):
 
 def stored_neighbours(path: str, names: PairNames) -> Neighbours:
     """Return the neighbours of a source's rows from a file of ``lit-clip embed``; a collective."""
+    from lit_clip.embedding.feature_files import read_features
+    from lit_clip.embedding.index import nearest_others
+
     stored = read_features(Path(path).expanduser())
     captions = stored.captions or [""] * len(stored.keys)
     hashes = np.array([pair_hash(*pair) for pair in zip(stored.keys, captions, strict=True)], dtype=np.int64)

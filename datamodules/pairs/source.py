@@ -32,6 +32,7 @@ COLUMNS = ("image", "caption", "group", "negative", "weight", "title")  # of :cl
 IMAGES_OF = "images of "  # with a row's first image, the group of the images that it lists
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
+MAKE_AGAIN = "write the table again"  # what to do about a table of decisions that does not fit
 LongCaptions = Literal["truncate", "sentences"]
 PerImage = Literal["all", "one", "together"]
 PerThing = Literal["one", "two", "all", "together"] | None
@@ -444,6 +445,28 @@ class Classes:
     names: str | list[str] | None = None
 
 
+@dataclass
+class ShardOptions:
+    """How tar shards are read.
+
+    Attributes:
+        shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
+        cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
+        cache_gb: size limit of that folder; the least recently used shards are deleted first.
+        index_workers: processes that index shards; 0: this one, for a store that only this process sees.
+    """
+
+    shuffle_shards: int = 10
+    cache_folder: str | None = None
+    cache_gb: float = 50.0
+    index_workers: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.shuffle_shards >= 1, f"shards.shuffle_shards: {self.shuffle_shards} must be at least 1")
+        require(self.cache_gb > 0, f"shards.cache_gb: {self.cache_gb} must be above 0")
+        require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
+
+
 class SourceOptions(NamedTuple):
     """Options for opening a source."""
 
@@ -452,7 +475,7 @@ class SourceOptions(NamedTuple):
     split: str | None = None
     default_split: str | None = None  # taken where a source has splits and split is None
     on_error: OnError = "error"  # at a row that cannot be read; skip leaves it out
-    shards: Any = None  # datamodules.shards.pairs.ShardOptions
+    shards: ShardOptions | None = None
     versions: Mapping[str, str] = MappingProxyType({})  # as PairSource.versions, to open addresses as they were
     option_prefix: str = ""  # of these names on the command line, for messages
 

@@ -7,26 +7,26 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.images import OnError
-from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.tools.workers import Mapped, loader
-from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
-from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
 from ..loading.sampling import TrainingSample, sample_seed
 from .source import CaptionOptions, Pair, PairSource
+
+if TYPE_CHECKING:
+    from lit_clip.tools.stored_rows import StoredRows
+    from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
 
 TOKENIZED_AT_ONCE = 4096
 
@@ -82,7 +82,9 @@ class ImageReader:
     def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
         self.rows, self.training, self.validation, self.skip = rows, training, validation, skip
 
-    def __call__(self, wanted: Sequence[int]) -> ImageBatch:
+    def __call__(self, wanted: Sequence[int]) -> "ImageBatch":
+        from lit_clip.training.frozen_features import ImageBatch
+
         images, unusable = dict[int, Tensor](), list[int]()
         for row in wanted:
             origin = self.rows.origin(row)
@@ -104,8 +106,8 @@ class StoredImages(NamedTuple):
     """
 
     rows: DistinctImageRows
-    stored: StoredRows | None
-    teachers: Sequence[StoredTeacher] = ()
+    stored: "StoredRows | None"
+    teachers: "Sequence[StoredTeacher]" = ()
 
 
 class StoredPairs(Dataset[Pair]):
@@ -127,6 +129,8 @@ class StoredPairs(Dataset[Pair]):
         return len(self.source)
 
     def __getitem__(self, sample: TrainingSample | int) -> Pair:
+        from lit_clip.training.teacher import stored_name
+
         rows, stored, teachers = self.images
         if isinstance(sample, TrainingSample):
             index, rng = sample.row, random.Random(sample_seed(self.seed, sample))
@@ -153,7 +157,7 @@ class StoredPairs(Dataset[Pair]):
 
         return taught(text)._replace(image=image)
 
-    def _read(self, stored: StoredRows, row: int, index: int) -> Tensor:
+    def _read(self, stored: "StoredRows", row: int, index: int) -> Tensor:
         found = stored.read(row)
         if found is None:
             pair = self.source.load(index, None)  # says what is wrong with it
@@ -194,7 +198,7 @@ class StoredTexts(NamedTuple):
     """A file of stored activations of captions."""
 
     hashes: np.ndarray  # of the tokens of each row, int64 ascending
-    stored: StoredRows
+    stored: "StoredRows"
     longest: int  # tokens of the longest caption; a row may also have entries for a class token and padding
 
     @property
@@ -266,11 +270,13 @@ class WithStoredFeatures:
         datasets = self.training_pairs(train), self.validation_pairs(val)
         return ImageReader(rows, *datasets, skip=self.on_error == "skip")
 
-    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
+    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> "DataLoader[ImageBatch]":
+        from lit_clip.embedding.reading import in_batches
+
         batches = in_batches(wanted.tolist(), self.evaluation_batch_size)
         return loader(Mapped(self.image_reader(rows), batches), self.num_workers)
 
-    def distinct_texts(self, teachers: TextTokenizer | None = None) -> Texts:
+    def distinct_texts(self, teachers: TextTokenizer | None = None) -> "Texts":
         """Tokenize every caption of ``fit``, equal tokens once; read no image where possible.
 
         With a teacher's tokenizer, every training caption, equal texts once.
@@ -284,12 +290,14 @@ class WithStoredFeatures:
         tokens, lengths = tokenized(teachers or self.tokenize, list(captions))
         hashes = text_hashes(list(captions)) if teachers else token_hashes(tokens, lengths)
         hashes, kept = np.unique(hashes, return_index=True)
+        from lit_clip.training.frozen_features import Texts
+
         return Texts(tokens[torch.from_numpy(kept), : int(lengths.max())], lengths[kept], hashes)
 
     def use_stored(
         self,
-        images: tuple[DistinctImageRows, StoredRows | None, Sequence[StoredTeacher]] | None,
-        texts: tuple[np.ndarray, StoredRows, int] | None,
+        images: "tuple[DistinctImageRows, StoredRows | None, Sequence[StoredTeacher]] | None",
+        texts: "tuple[np.ndarray, StoredRows, int] | None",
     ) -> None:
         """Make batches of stored data: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
         self.stored_images = images and StoredImages(*images)

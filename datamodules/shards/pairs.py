@@ -5,7 +5,6 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from lit_clip.tools.reading import read_at
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import Stamp, is_remote, stamp_of
 from ..pairs.columns import ColumnPairs, checked_extra, group_name
-from ..pairs.source import LISTED, NO_CAPTION, Columns, Row, SkippedRows, thing_names
+from ..pairs.source import LISTED, NO_CAPTION, Columns, Row, ShardOptions, SkippedRows, thing_names
 from .files import OpenShard, OpenShards, ShardFolder, expand_urls, find_index, make_index, open_index
 from .index import BLOCK, OF_SHARD, WANTED, Summary
 
@@ -31,28 +30,6 @@ Spans = dict[str, tuple[int, int]]  # offset and size of each file of a sample
 
 GIGABYTE = 10**9
 MAX_IMAGE_BYTES = 256 << 20  # of a file in a shard: more than Pillow's limit of pixels needs in any usual format
-
-
-@dataclass
-class ShardOptions:
-    """How tar shards are read.
-
-    Attributes:
-        shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
-        cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
-        cache_gb: size limit of that folder; the least recently used shards are deleted first.
-        index_workers: processes that index shards; 0: this one, for a store that only this process sees.
-    """
-
-    shuffle_shards: int = 10
-    cache_folder: str | None = None
-    cache_gb: float = 50.0
-    index_workers: int = 8
-
-    def __post_init__(self) -> None:
-        require(self.shuffle_shards >= 1, f"shards.shuffle_shards: {self.shuffle_shards} must be at least 1")
-        require(self.cache_gb > 0, f"shards.cache_gb: {self.cache_gb} must be above 0")
-        require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
 
 
 def _indexed(folder: ShardFolder, shard: tuple[str, Stamp]) -> Summary:

@@ -72,7 +72,6 @@ def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[An
     more = [each for each in usual if _name(each) not in {*absent, *map(_name, listed)}]
     every = dict(zip(_numbered([*map(_name, [*listed, *more])]), [*listed, *more], strict=True))
     kept = [*every][: len(listed)]
-    only = kept[0] if len(listed) == 1 else None
     for option, value in sorted(options, key=lambda each: each.option == MINUS):
         if option == MINUS:
             name = value if value in every else _name(value)
@@ -82,20 +81,18 @@ def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[An
             kept = [each for each in kept if each != name]
             absent += [each for each in map(_name, usual) if each == _name(every[name])]
         else:
-            name = _set(option, value, every, only)
+            name = _set(option, value, every)
             kept += [name] if name not in kept else []
     without = Namespace(class_path=WITHOUT, init_args=Namespace(names=absent))
     return [*(every[name] for name in kept), *([without] if absent else [])]
 
 
-def _set(option: str, text: str, every: Mapping[str, Namespace], only: str | None) -> str:
+def _set(option: str, text: str, every: Mapping[str, Namespace]) -> str:
     """Set an argument of a callback, or a part of one (``policy.after``), to a text that the parser reads as if typed.
 
-    Return the callback's name; options without a name are those of the ``only`` one that is listed.
+    Return the callback's name.
     """
     typed = option.removeprefix(f"{PREFIX}.")
-    if only and not typed[:1].isupper():
-        typed = f"{only}.{typed}"
     name = next((each for each in every if typed.startswith(f"{each}.")), None)
     if name is None:
         raise InputError(f"{option}: names none of the callbacks, which are {', '.join(every)}; {_hint(typed, every)}")

@@ -1,10 +1,8 @@
 """Find runs with the same configuration and their folders: ``--ckpt_path last`` may use their checkpoints."""
 
-import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
 from lit_clip.errors import InputError
-from lit_clip.losses import Contrastive, Sigmoid
-from lit_clip.models.registry import resolve_architecture
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.training.lightning.checkpoint_io import newest_checkpoint, passed_over
@@ -30,23 +26,10 @@ UNSET = ""
 OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest stays, however it is written
 
 
-def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
-    """Return the configuration in a checkpoint, or else in its run's folder; None if there is none."""
-    if checkpoint.get("configuration") is not None:
-        return checkpoint["configuration"]
-    found: Configuration = {}
-    for saved in file.parent.parent.glob(f"{CONFIG}*.yaml"):
-        with suppress(InputError):
-            settings = read_yaml(saved)
-            for name, digests in configuration(settings if isinstance(settings, Mapping) else {}).items():
-                found[name] = [*found.get(name, ()), *digests]
-    return found or None
-
-
 def configuration(settings: Mapping[str, Any]) -> Configuration:
     """Return the settings that define a configuration: model, loss, class of the optimiser, and data.
 
-    Each setting has two digests, or one if they are equal: as written, and in its usual form.
+    Data have two digests, or one if they are equal: as written, and with whole paths.
     """
     found = {}
     for section in ("model", "data"):
@@ -57,7 +40,8 @@ def configuration(settings: Mapping[str, Any]) -> Configuration:
         for name, each in named.items():
             if name not in MAY_DIFFER:
                 written = _class_of(each) if name == "model.optimizer" else each
-                found[name] = [*dict.fromkeys((_digest(written), _digest(_usual(name, written, arguments))))]
+                forms = (written, _whole_paths(written)) if name.startswith("data.") else (written,)
+                found[name] = [*dict.fromkeys(map(_digest, forms))]
     return found
 
 
@@ -65,37 +49,15 @@ def _class_of(part: Any) -> Any:
     return _short(part).get("class_path") if isinstance(part, Mapping) else part
 
 
-def _usual(name: str, value: Any, section: Mapping[str, Any]) -> Any:
-    """Return a setting in its usual form: whole paths, a list of one as its element, null for the default loss."""
-    if name.startswith("data."):
-        return _whole_paths(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    return None if name == "model.loss" and _has_default_loss(section) else value
-
-
 def _whole_paths(value: Any) -> Any:
-    """Return texts as paths below the working folder; different texts stay different."""
+    """Return texts as paths below the working folder, a list of one as its element; different texts stay different."""
+    if isinstance(value, list) and len(value) == 1:
+        return _whole_paths(value[0])
     if isinstance(value, Mapping):
         return {name: each if name == "class_path" else _whole_paths(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_whole_paths(each) for each in value]
     return os.path.realpath(value) if isinstance(value, str) and "://" not in value and "\0" not in value else value
-
-
-def _has_default_loss(model: Mapping[str, Any]) -> bool:
-    loss, architecture = model.get("loss"), model.get("architecture")
-    if not isinstance(loss, Mapping) or not str(loss.get("class_path")).startswith("lit_clip."):
-        return False
-    if isinstance(architecture, Mapping):
-        has_bias = architecture.get("init_args", architecture).get("logit_bias")
-    else:
-        try:
-            has_bias = resolve_architecture(str(architecture)).logit_bias
-        except InputError:
-            return False
-    default = Sigmoid if has_bias else Contrastive
-    arguments = {name: each.default for name, each in inspect.signature(default).parameters.items()}
-    named = str(loss["class_path"]).rpartition(".")[2]
-    return named == default.__name__ and arguments | (loss.get("init_args") or {}) == arguments
 
 
 def evaluated(ours: Configuration) -> Configuration:
@@ -130,7 +92,7 @@ def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option
     others: dict[Path, list[str]] = {}
 
     def differing(file: Path, checkpoint: Mapping[str, Any]) -> list[str]:
-        saved = saved_configuration(file, checkpoint)
+        saved = checkpoint.get("configuration")
         if saved is None:
             unknown.add(file)
         elif names := differences(ours, saved):

@@ -28,7 +28,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.parts import describe_instance, qualified_name
-from lit_clip.tools.untrusted import class_paths_within, shortened
+from lit_clip.tools.untrusted import class_paths_within
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.kept_memory import keep_freed_memory
@@ -251,10 +251,7 @@ class CLI(PlainCLI):
 
 
 def _model_of(settings: Any) -> Any:
-    """Return the model's settings; raise :class:`InputError` unless the model and the trainer are mappings."""
-    for name in ("model", "trainer"):
-        value = settings.get(name, {})
-        require(hasattr(value, "get"), f"{name}: {shortened(value)} must be a mapping of settings")
+    """Return the arguments of the model's class."""
     model = settings.get("model", {})
     return model.get("init_args", model)
 

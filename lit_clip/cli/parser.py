@@ -47,8 +47,9 @@ class ConfigFile(ActionConfigFile):
         settings = read_yaml(path)
         if not isinstance(settings, dict):
             raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
-        if not isinstance(trainer := settings.get("trainer", {}), dict):  # a typed option would replace it
-            raise InputError(f"{path}: trainer: {shortened(trainer)} must be a mapping of settings")
+        for name in ("model", "trainer"):  # a typed option would replace another value; a model may be a class path
+            if not isinstance(value := settings.get(name, {}), dict) and not (name == "model" and "." in str(value)):
+                raise InputError(f"{path}: {name}: {shortened(value)} must be a mapping of settings")
         _check_encoder_options(parser.args, settings)
         self.apply_config(parser, cfg, self.dest, path)
 

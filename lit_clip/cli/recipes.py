@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.table import Column, Table
 
+from lit_clip.cli.save_config import flat
 from lit_clip.recipes import Choice, Recipe, Run
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console
@@ -39,25 +40,12 @@ def given_settings(given: Mapping[str, Any], parts: Mapping[str, Mapping[str, An
     class of a default part is not given: the parser adds it where one of its arguments is typed.
     """
     named = {f"model.{name}.class_path": part["class_path"] for name, part in parts.items()}
-    return {name: value for name, value in _flat(given) if named.get(name) != value}
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if name == "trainer.callbacks" and value is not None:
-        for each in value if isinstance(value, list) else [value]:
-            path = each.get("class_path", "") if isinstance(each, Mapping) else str(each)
-            inner = (each.get("init_args") or {}) if isinstance(each, Mapping) else {}
-            yield from _flat(inner, f"{name}.{str(path).rpartition('.')[2]}")
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key == "init_args":
-                yield from _flat(inner, name)
-            elif key != "class_path":
-                yield from _flat(inner, f"{name}.{key}" if name else str(key))
-            else:
-                yield f"{name}.class_path", inner
-    elif name:
-        yield name, value
+    callbacks = given.get("trainer", {}).get("callbacks")
+    found = [(name, value) for name, value in flat(given) if not name.startswith("trainer.callbacks")]
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(each, Mapping):
+            found += flat(each.get("init_args") or {}, f"trainer.callbacks.{each['class_path'].rpartition('.')[2]}")
+    return {name: value for name, value in found if named.get(name) != value}
 
 
 def chosen_options(

@@ -139,16 +139,20 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
     named = [_described(each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
     chosen = {"seed_everything": settings.get("seed_everything"), "model": settings.get("model")}
     chosen |= {"data": settings.get("data"), "trainer": trainer | {"callbacks": ", ".join(sorted(named))}}
-    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in _flat(chosen)}
+    found = ((name.removesuffix(".class_path"), value) for name, value in flat(chosen) if value is not None)
+    return {
+        name: value if isinstance(value, bool | int | float) else without_secrets(str(value)) for name, value in found
+    }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}" if key not in ("init_args", "class_path") else prefix.removesuffix(".")
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield settings by dotted name, as they are typed, below the name ``above``; a class is its ``class_path``."""
+    for key, value in settings.items():
+        name = above if key == "init_args" else f"{above}.{key}".lstrip(".")
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        elif value is not None:
-            yield name, value if isinstance(value, bool | int | float) else str(value)
+            yield from flat(value, name)
+        else:
+            yield name, value
 
 
 def _described(callback: Any) -> str:

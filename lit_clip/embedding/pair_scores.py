@@ -32,7 +32,7 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.models.clip import CLIP
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.hashing import stable_hash
+from lit_clip.tools.hashing import pair_hash
 from lit_clip.tools.images import FIX_HINT, full_size
 
 NOT_FINITE = "score is not finite"
@@ -48,11 +48,6 @@ SCORES = pa.schema(
         "finding": pa.string(),
     }
 )
-
-
-def pair_hash(key: str, caption: str) -> int:
-    """Return a 64-bit hash of an image's key and a caption."""
-    return stable_hash(f"{key}\0{caption}")
 
 
 class PairRows(ImageRows, Protocol):

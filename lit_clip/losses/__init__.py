@@ -1,10 +1,15 @@
 """Losses: their contract, plain definitions, tiled and distributed forms, combinations, duplicates, distillation."""
 
-from lit_clip.losses.alignment import Alignment
-from lit_clip.losses.combined import Matryoshka, Sum
+from typing import TYPE_CHECKING
+
 from lit_clip.losses.loss import Loss, LossValue, Pairs, WholeBatch
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
-from lit_clip.losses.weighted import WeightedContrastive
+from lit_clip.tools.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lit_clip.losses.alignment import Alignment
+    from lit_clip.losses.combined import Matryoshka, Sum
+    from lit_clip.losses.weighted import WeightedContrastive
 
 __all__ = [
     "Alignment",
@@ -18,3 +23,5 @@ __all__ = [
     "WeightedContrastive",
     "WholeBatch",
 ]
+
+__getattr__ = lazy_names(__name__, __file__)

@@ -16,13 +16,10 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
 from lit_clip.models.custom_config import CustomTextConfig
-from lit_clip.models.dense import encode_places
 from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, input_dtype, text_encoder
 from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
-from lit_clip.models.heat_maps import heat_maps
-from lit_clip.models.intermediates import forward_intermediates
 from lit_clip.models.layers import Tower
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import TextTransformer
@@ -116,15 +113,21 @@ class CLIP(TextTransformer):
         They are in the space of :meth:`encode_text`, of unit length over D if ``normalize``; see
         :func:`lit_clip.models.dense.encode_places`.
         """
+        from lit_clip.models.dense import encode_places
+
         features = encode_places(self.visual, images)
         return unit(features.movedim(1, -1)).movedim(-1, 1) if normalize else features
 
     def forward_intermediates(self, image: Tensor | None = None, text: Tensor | None = None, **options: Any) -> Any:
         """Features and block outputs: :func:`lit_clip.models.intermediates.forward_intermediates`."""
+        from lit_clip.models.intermediates import forward_intermediates
+
         return forward_intermediates(self, image, text, **options)
 
     def locate(self, image: Item, texts: str | Sequence[str] | Tensor, scale: float = 1) -> Tensor:
         """Return the cosine of each text with each pixel of a whole image, float32 ``[N, H, W]``; see ``heat_maps``."""
+        from lit_clip.models.heat_maps import heat_maps
+
         return heat_maps(self, image, texts, scale)
 
     def with_head(self, head: Any) -> nn.Module:

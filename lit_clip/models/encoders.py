@@ -20,7 +20,6 @@ from lit_clip.models.config import (
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external import HuggingFaceImageEncoder, HuggingFaceTextEncoder, TimmImageEncoder
-from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
@@ -88,6 +87,8 @@ def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> Tex
     elif text.model and text.model.get("vocab_size"):
         vocab_size = text.model["vocab_size"]
     if text.tokenizer is not None:
+        from lit_clip.models.hf_tokenizer import from_source
+
         return from_source(text.tokenizer, text.context_length, padding_read > 0, vocab_size)
     least = f"must be at least {EOT_ID + 1} for CLIP's tokenizer"
     require(vocab_size > EOT_ID, f"architecture.text: vocab_size {vocab_size} {least}")

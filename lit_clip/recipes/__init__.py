@@ -1,7 +1,14 @@
 """Recipes: they choose settings of ``fit`` from the data, see :class:`Recipe`."""
 
-from lit_clip.recipes.pretrained_encoders import PretrainedEncoders
+from typing import TYPE_CHECKING
+
 from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
-from lit_clip.recipes.sizes import FineTuning, FromScratch
+from lit_clip.tools.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from lit_clip.recipes.pretrained_encoders import PretrainedEncoders
+    from lit_clip.recipes.sizes import FineTuning, FromScratch
 
 __all__ = ["Choice", "Facts", "FineTuning", "FromScratch", "PretrainedEncoders", "Recipe", "Run"]
+
+__getattr__ = lazy_names(__name__, __file__)

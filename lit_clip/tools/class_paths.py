@@ -24,6 +24,7 @@ from jsonargparse._util import import_object
 from lit_clip.errors import InputError
 
 SHORT = ("callbacks", "datamodules")
+NAMED = (*SHORT, "losses", "recipes")  # whose classes need no package's name, imported or not
 # Files of an import, whose frames are no module's own code.
 MACHINERY = (__file__, str(Path(jsonargparse.__file__).parent), importlib.__file__, "<frozen ")
 
@@ -66,7 +67,7 @@ def _imported(path: str, check_path: bool = True) -> Any:
 
 def _resolve(kind: Any, name: str) -> str:
     path = resolve_class_path_by_name(kind, name)  # knows a bare name if its class is imported; ours may not be yet
-    homes = () if "." in path else (f"lit_clip.{package}" for package in SHORT)
+    homes = () if "." in path else (f"lit_clip.{package}" for package in NAMED)
     home = next((each for each in homes if path in importlib.import_module(each).__all__), None)
     return full_name(f"{home}.{path}" if home else path)
 

@@ -19,6 +19,11 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hash64(text), "big", signed=True)
 
 
+def pair_hash(key: str, caption: str) -> int:
+    """Return a 64-bit hash of an image's key and a caption."""
+    return stable_hash(f"{key}\0{caption}")
+
+
 def hex_digest(parts: Iterable[object]) -> str:
     """Return a 128-bit hash as 32 hexadecimal digits: of bytes directly, of other values by their ``repr``."""
     digest = blake2b(digest_size=16)

@@ -34,7 +34,6 @@ from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_finite_weights, check_weights
-from lit_clip.weights.sources import check_same
 
 PREFIX, LOSS_PREFIX = "model.", "loss."
 # EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
@@ -82,6 +81,8 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
         _use_last_step(checkpoint, name)
     architecture = checkpoint["hyper_parameters"]["architecture"]
     if architecture != model.config.to_dict():
+        from lit_clip.weights.sources import check_same
+
         saved = resolve_architecture(architecture)
         check_same(saved, model.config, name)
         there, here = (getattr(each.preprocessing, "window", None) for each in (saved, model.config))

@@ -16,7 +16,6 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.models.custom import custom_encoders, find_class
 from lit_clip.models.custom_config import how_to_import
 from lit_clip.models.finetuning import Freeze
-from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
 from lit_clip.models.size import Size, TokenID
@@ -185,6 +184,8 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> T
     text, entry = config.text, convert(checkpoint.get("tokenizer"), _Tokenizer | None, "tokenizer")
     if entry is None or text.tokenizer is None:
         return None
+    from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
+
     definition, pad_id = entry["definition"], entry["pad_id"]
     whole = isinstance(text, TextTransformerConfig) and text.padding_read > 0
     stripped_id = entry.get("stripped_id") if text.tokenizer.strip_sep_token else None

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,13 @@ from lit_clip.models.resize import reads_padding, resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.sharded_files import lazy_zeros
-from lit_clip.tools.stores import store_of
 from lit_clip.tools.untrusted import from_plain
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file
 from lit_clip.weights.checkpoints import check_base, checked
 from lit_clip.weights.fingerprint import weights_sha256
-from lit_clip.weights.open_clip_runs import architecture_by_shapes
-from lit_clip.weights.sources import Weights, check_same, open_weights
+
+if TYPE_CHECKING:
+    from lit_clip.weights.sources import Weights
 
 DEFAULT_ARCHITECTURE = "ViT-B-32"
 
@@ -91,6 +91,9 @@ def _load(
     context_length: int | None,
     above: tuple[Path, ...] = (),  # checkpoints of LoRAs whose base this is
 ) -> CLIP:
+    from lit_clip.weights.open_clip_runs import architecture_by_shapes
+    from lit_clip.weights.sources import check_same, open_weights
+
     expected = None if architecture is None else resolve_architecture(architecture)
     weights = open_weights(source, named=expected is not None)
     if weights.lora is not None:
@@ -143,7 +146,7 @@ def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Sou
     return pretrained
 
 
-def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tuple[Path, ...]) -> Weights:
+def _merged(weights: "Weights", path: Path, checkpoint: dict[str, Any], above: tuple[Path, ...]) -> "Weights":
     """Merge a LoRA into the base weights that its checkpoint names."""
     hparams = checkpoint["hyper_parameters"]
     base = hparams.get("pretrained")
@@ -299,6 +302,8 @@ def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_file(Path(source)), str(source)
     else:
+        from lit_clip.tools.stores import store_of
+
         is_open = hasattr(source, "read")
         name = str(getattr(source, "name", "checkpoint") if is_open else source)
         with naming(name), reading(name, "checkpoint"), ExitStack() as stack:

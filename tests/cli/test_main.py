@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -21,8 +22,7 @@ from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
 from lit_clip.cli.main import _thread_error
 from lit_clip.cli.plain_help import short_help
-from lit_clip.cli.subcommands import COMMANDS, CONFIGURED, help_text
-from lit_clip.commands.export import export
+from lit_clip.cli.subcommands import COMMANDS, CONFIGURED, FIRST, help_text
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command, without_packaged_defaults
@@ -248,7 +248,8 @@ def test_help_describes_six_commands_and_names_the_others() -> None:
     described = {line.split()[0]: line for line in lines if line.startswith("  ") and not line.startswith("  lit-clip")}
     assert [*described] == ["fit", "evaluate", "classify", "search", "export", "demo"]
     assert all(line.endswith(".") for line in described.values())
-    assert described["export"].split()[1:] == (export.__doc__ or "").splitlines()[0].split()
+    for name, module in ((each, COMMANDS[each].partition(":")[0]) for each in described if each != "fit"):
+        assert FIRST[name] == (getattr(import_module(module), name).__doc__ or "").splitlines()[0]
     named = re.findall(r"[a-z-]+", text.partition("More commands:")[2].partition(".")[0])
     assert {*named} == {*CONFIGURED, *COMMANDS} - {*described}
 

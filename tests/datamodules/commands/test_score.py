@@ -17,9 +17,9 @@ from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.score_files import ScoreFile
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.hashing import pair_hash
 from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.encoding import watch_encoding
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.loading.store import StoreFolder
-from datamodules.shards.pairs import ShardOptions, TarPairs
+from datamodules.pairs.source import ShardOptions
+from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import BadSample, InputError
 from tests.helpers.tar_shards import numbered, write_tar
 

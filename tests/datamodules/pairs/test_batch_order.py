@@ -16,8 +16,8 @@ from datamodules.pairs.batch_order import BatchOrder
 from datamodules.pairs.decisions import FINDINGS, label_of, pair_text
 from datamodules.pairs.related_rows import Neighbours, name_pairs, stored_neighbours
 from lit_clip.embedding.feature_files import write_features
-from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
+from lit_clip.tools.hashing import pair_hash
 from tests.helpers import epochs
 from tests.helpers.epochs import assert_resumes, epoch_of, shared_by, written
 from tests.helpers.frozen_runs import Run

@@ -17,8 +17,8 @@ from datamodules.pairs.decisions import ALL_PAIRS, label_of, pair_text, read_dec
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.source import Columns, PairSource
-from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
+from lit_clip.tools.hashing import pair_hash
 
 ROWS = 8
 

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from datamodules.loading.sampling import TrainingSample
 from datamodules.loading.store import stamp_of
+from datamodules.pairs.source import ShardOptions
 from datamodules.shards.files import ShardFolder, expand_braces, expand_urls
 from datamodules.shards.index import INDEX_SUFFIX
-from datamodules.shards.pairs import ShardOptions, TarPairs
+from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import BadSample, InputError
 from tests.helpers.tar_shards import write_shards
 

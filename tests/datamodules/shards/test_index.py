@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datamodules.pairs.source import ShardOptions
 from datamodules.shards.index import INDEX_SUFFIX, split_name
-from datamodules.shards.pairs import ShardOptions, TarPairs
+from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import BadSample, InputError
 from tests.helpers.damage import Damage, pipe, scattered
 from tests.helpers.tar_shards import numbered, shade_of, write_tar

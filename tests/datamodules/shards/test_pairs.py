@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from datamodules.open_source import open_source
-from datamodules.pairs.source import Classes, Columns
-from datamodules.shards.pairs import ShardOptions, TarPairs, shard_order
+from datamodules.pairs.source import Classes, Columns, ShardOptions
+from datamodules.shards.pairs import TarPairs, shard_order
 from lit_clip.errors import BadSample, InputError
 from tests.helpers.epochs import epoch_of, opened
 from tests.helpers.tar_shards import Files, image, numbered, shade_of, write_shards, write_tar

@@ -11,8 +11,8 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from datamodules.open_source import open_source
+from datamodules.pairs.source import ShardOptions
 from datamodules.shards.index import INDEX_SUFFIX
-from datamodules.shards.pairs import ShardOptions
 from lit_clip.errors import InputError
 from tests.fuzz.inputs import Edit, Input, Inputs, Target, damaged, edited, edited_json, edits
 from tests.fuzz.samples import CAPTIONS, shard_members, table_images, tar, whole_tables
