@@ -18,37 +18,37 @@ MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 
 def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -> PairSource:
-    """Return a training source; its epochs have the captions per image and images per thing that options set."""
+    """Return a training source; its epochs have the captions per image and images per thing that options set.
+
+    The parts of a mixture are treated separately.
+    """
+    name = getattr(source, "path", type(source).__name__)
     if per_thing == "together":
-        return images_together(source)
+        return in_each_part(source, _images_together)
     if per_thing == "two":
-        return two_images_each(source)
-    source = captions_together(source) if per_image == "together" else source
-    chosen = source if per_thing == "all" else one_image_each(source, per_thing)  # of an image, one row
-    return one_caption_each(source) if per_image == "one" and chosen is source else chosen
-
-
-def one_caption_each(source: PairSource) -> PairSource:
-    """Return a source with one row of each image per epoch, in each part of a mixture."""
-    one = _one_of_each(source, arrow_image_names)
-    name = getattr(source, "path", type(source).__name__)
-    require(
-        one.pairs_per_epoch < len(source),
-        f"data.captions.per_image: one would change nothing: each image of {name} is in one row, of whose captions "
-        "training draws one anyway; leave it out",
-    )
-    return one
-
-
-def one_image_each(source: PairSource, per_thing: PerThing) -> PairSource:
-    """Return a source with one row of each thing per epoch, see :class:`ImageOptions`; or the source itself."""
-    one = _one_of_each(source, lambda each: each.things(rows=per_thing is None))
-    name = getattr(source, "path", type(source).__name__)
-    if one.pairs_per_epoch < source.pairs_per_epoch:
-        of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
-        rank_zero_info(f"{name}: each epoch trains on {of}, others in the next; see data.images.per_thing")
+        return in_each_part(source, _two_images)
+    if per_image == "together":
+        source = joined(source)
+        require(
+            captions_per_image(source) > 1,
+            f"data.captions.per_image: together would change nothing: no image of {name} has several captions; leave "
+            "it out",
+        )
+    if per_thing != "all":
+        one = _one_of_each(source, lambda part: part.things(rows=per_thing is None))
+        if one.pairs_per_epoch < source.pairs_per_epoch:
+            of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
+            rank_zero_info(f"{name}: each epoch trains on {of}, others in the next; see data.images.per_thing")
+            return one  # of an image, one row
+        require(per_thing is None, _no_things("one", name))
+    if per_image == "one":
+        one = _one_of_each(source, arrow_image_names)
+        require(
+            one.pairs_per_epoch < len(source),
+            f"data.captions.per_image: one would change nothing: each image of {name} is in one row, of whose captions "
+            "training draws one anyway; leave it out",
+        )
         return one
-    require(per_thing is None, _no_things("one", name))
     return source
 
 
@@ -57,26 +57,16 @@ def _no_things(option: str, name: object) -> str:
     return f"data.images.per_thing: {nothing}; set data.columns.group, or leave it out"
 
 
-def images_together(source: PairSource) -> PairSource:
-    """Return a source with one row per thing, with all its images; a mixture's parts are treated separately."""
-
-    def together(part: PairSource) -> PairSource:
-        names = part.things()
-        if names is None:
-            raise InputError(_no_things("together", getattr(part, "path", type(part).__name__)))
-        return ImagesTogether(part, numbered(names))
-
-    return in_each_part(source, together)
+def _images_together(source: PairSource) -> PairSource:
+    names = source.things()
+    if names is None:
+        raise InputError(_no_things("together", getattr(source, "path", type(source).__name__)))
+    return ImagesTogether(source, numbered(names))
 
 
-def two_images_each(source: PairSource) -> PairSource:
-    """Return a source with two images of each thing per epoch; a mixture's parts are treated separately."""
-
-    def two(part: PairSource) -> PairSource:
-        names = part.things()
-        return TwoOfEach(part, np.arange(len(part)) if names is None else numbered(names))
-
-    return in_each_part(source, two)
+def _two_images(source: PairSource) -> PairSource:
+    names = source.things()
+    return TwoOfEach(source, np.arange(len(source)) if names is None else numbered(names))
 
 
 def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.ChunkedArray | None]) -> PairSource:
@@ -85,12 +75,6 @@ def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.Chunked
         return part if names is None else OneOfEach(part, numbered(names))
 
     return in_each_part(source, one)
-
-
-def image_numbers(source: PairSource) -> np.ndarray | None:
-    """Return each row's image as a number, int32 ``[len(source)]``; None if every row has another image."""
-    names = arrow_image_names(source)
-    return None if names is None else numbered(names)
 
 
 class OneOfEach(Rows):
@@ -144,18 +128,6 @@ class TwoOfEach(OneOfEach):
 COUNTED = 1000  # rows whose captions are counted for the plan
 
 
-def captions_together(source: PairSource) -> PairSource:
-    """Return a source with one row per image, with all its captions; a mixture's parts are treated separately."""
-    together = joined(source)
-    name = getattr(source, "path", type(source).__name__)
-    require(
-        captions_per_image(together) > 1,
-        f"data.captions.per_image: together would change nothing: no image of {name} has several captions; leave it "
-        "out",
-    )
-    return together
-
-
 def joined(source: PairSource) -> PairSource:
     """Return the images of a source with all their captions; a mixture's parts are treated separately."""
     return in_each_part(source, Together)
@@ -176,7 +148,8 @@ class Together(Rows):
     """
 
     def __init__(self, source: PairSource, images: np.ndarray | None = None) -> None:
-        images = image_numbers(source) if images is None else images
+        if images is None and (names := arrow_image_names(source)) is not None:
+            images = numbered(names)
         self._by_image = np.arange(len(source)) if images is None else np.argsort(images, kind="stable")
         counts = np.ones(len(source), np.int64) if images is None else np.bincount(images)
         self._stops = np.cumsum(counts)

@@ -146,13 +146,13 @@ class ParquetPairs(ColumnarPairs):
         return table
 
     def _decoded(self, number: int) -> pa.Table:
-        part = self.part(number)
+        part = self.parts[number]
         file = self.opened(part.file, lambda: open_file(part.file))
         return file.read_row_group(part.group, columns=self.columns.names(), use_threads=False)
 
     def _copy(self, number: int, valid: bool = False) -> Path:
         """Return the Arrow file of a row group's texts; write it if it is missing, or with ``valid`` if damaged."""
-        part = self.part(number)
+        part = self.parts[number]
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns.names()), ".arrow")
         if valid or not path.is_file():
             schema = self._schema(open_file(part.file))
@@ -177,7 +177,7 @@ class ParquetPairs(ColumnarPairs):
 
     def _has_no_paths(self, number: int) -> bool:
         """Return whether every row of a part surely holds an encoded image, and not just its path."""
-        part, image = self.part(number), self.columns.image
+        part, image = self.parts[number], self.columns.image
         with reading(part.file, "parquet file"):
             chunks = chunks_of(open_file(part.file), part.group, [image])
         counts = [chunks[path].statistics for path in (image, f"{image}.bytes") if path in chunks]

@@ -47,8 +47,7 @@ class ColumnarPairs(ColumnPairs):
     ) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))
-        numbers = {file: number for number, file in enumerate(self.files)}
-        self._parts = np.array([(numbers[part.file], part.group, part.first) for part in parts], dtype=np.int64)
+        self.parts = list(parts)
         self._stops = np.cumsum([part.rows for part in parts], dtype=np.int64)
         self.columns = columns
         self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
@@ -71,11 +70,6 @@ class ColumnarPairs(ColumnPairs):
 
     def __len__(self) -> int:
         return self._size
-
-    def part(self, number: int) -> RowRange:
-        file, group, first = self._parts[number].tolist()
-        rows = self._stops[number] - (self._stops[number - 1] if number else 0)
-        return RowRange(self.files[file], group, first, int(rows))
 
     @abstractmethod
     def table(self, number: int) -> pa.Table:
@@ -132,7 +126,7 @@ class ColumnarPairs(ColumnPairs):
     def _where(self, row: int) -> tuple[str, int, int]:
         """Return a row's name in messages, its part's number, and its number in that part."""
         number = int(np.searchsorted(self._stops, row, side="right"))
-        part = self.part(number)
+        part = self.parts[number]
         within = row - (int(self._stops[number - 1]) if number else 0)
         return f"{self.shown(part.file)} row {part.first + within}", number, within
 
@@ -276,7 +270,7 @@ class ArrowDatasetPairs(ColumnarPairs):
     """Pairs in the mapped files of a saved data set."""
 
     def table(self, number: int) -> pa.Table:
-        return self.opened(number, lambda: _map_stream(self.part(number).file))
+        return self.opened(number, lambda: _map_stream(self.parts[number].file))
 
     def whole(self, names: Sequence[str]) -> pa.Table:
         return pa.concat_tables([self.table(number).select(names) for number in range(len(self._stops))])

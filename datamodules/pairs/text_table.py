@@ -130,6 +130,8 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             require(is_unicode("".join(names)), f"{path} row {number}: {NOT_UTF8[1]}")
             columns = find(names)
             problems.columns = columns
+            wanted = columns.names()
+            places = {name: place for place, name in enumerate(names) if name in wanted}
             for values in reader:
                 number += 1
                 if not values:
@@ -137,7 +139,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 if not is_unicode("".join(values)):
                     problems.add(number, *NOT_UTF8)
                 elif len(values) == len(names):
-                    yield _raw_row(number, dict(zip(names, values, strict=True)), columns)
+                    yield _raw_row(number, {name: values[place] for name, place in places.items()}, columns)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"

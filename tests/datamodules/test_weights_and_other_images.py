@@ -17,7 +17,7 @@ from datamodules.commands.shard import shard
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
-from datamodules.pairs.image_captions import two_images_each
+from datamodules.pairs.image_captions import chosen_pairs
 from datamodules.pairs.source import Columns, ImageOptions, PairSource
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import BadSample, InputError
@@ -139,7 +139,7 @@ def test_the_other_image_is_drawn_from_all_others_of_the_group(tmp_path: Path) -
     table(tmp_path, ".csv").write_text("\n".join(["image,caption,thing", *rows]))
     source = open_source(tmp_path / "captions.csv", columns=Columns(group="thing"))
     found, contents = set(), {source.load(row, None).image.tobytes(): row for row in range(4)}
-    two = two_images_each(source)
+    two = chosen_pairs(source, "all", "two")
     for row in range(5):
         for seed in range(20):
             pair = two.load(row, random.Random(seed))
@@ -155,7 +155,7 @@ def test_encoded_images_may_have_other_ones(tmp_path: Path) -> None:
     contents = [(tmp_path / name).read_bytes() for name in ("0.png", "back0.png") if table(tmp_path, ".csv")]
     columns = {"image": [contents[0]] * 2, "caption": ["a", "b"], "back": [contents[1], None]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    two = two_images_each(open_source(tmp_path / "a.parquet", columns=BOTH))
+    two = chosen_pairs(open_source(tmp_path / "a.parquet", columns=BOTH), "all", "two")
     pair, _, second = (two.load(row, random.Random(0)) for row in range(3))
     assert pair.extra["other_image"].tobytes() == Image.open(tmp_path / "back0.png").tobytes()
     assert second.extra["other_image"].tobytes() == second.image.tobytes()

@@ -16,7 +16,7 @@ from PIL import Image
 from callbacks import TrainingMonitor
 from datamodules import Augmentation, BadSamples, BatchOptions, CaptionOptions, Captions, Columns, CustomPairs
 from datamodules.open_source import open_source
-from datamodules.pairs.image_captions import OneOfEach, one_caption_each
+from datamodules.pairs.image_captions import OneOfEach, chosen_pairs
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.source import ImageOptions
 from lit_clip.batch import CaptionBatch
@@ -57,7 +57,7 @@ def one(table: Any, **options: Any) -> Captions:
 
 
 def test_an_epoch_has_each_image_once_and_no_caption_again_before_all_of_its_image_were_used(table: Path) -> None:
-    source = one_caption_each(open_source(str(table)))
+    source = chosen_pairs(open_source(str(table)), "one", "all")
     assert (len(source), source.pairs_per_epoch) == (sum(COUNTS), len(COUNTS))
     used: dict[str, list[str]] = defaultdict(list)
     orders = set()
