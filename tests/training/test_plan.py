@@ -184,9 +184,7 @@ def test_counting_flops_leaves_the_model_unchanged(folders: dict[str, Path]) -> 
 
 
 def trainer(**settings: Any) -> Any:
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
     values = {
-        "strategy": strategy,
         "num_devices": 2,
         "num_nodes": 3,
         "accumulate_grad_batches": 1,
