@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
+from lit_clip.losses.tiled import PairLayout, default_tile, sharded_contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
 from lit_clip.models.flops import measure
@@ -46,7 +46,6 @@ from lit_clip.models.packing import Packing, pack
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_blocks
-from lit_clip.training.plan import loss_bytes
 from lit_clip.weights.load import create_model
 
 D, MIB = 512, 2**20
@@ -164,6 +163,20 @@ def on_a_rank(kind: str, pairs: int) -> None:
     distributed.exit_process()
 
 
+def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> int:
+    """Return the bytes of the tiled loss on one rank in float32.
+
+    The images' scaled features and gradient and the texts' gradient (B rows each); with several ranks the gathered
+    texts, kept from the forward to the backward pass, and their gradient (N rows each); four numbers for each row and
+    column; three tiles. B is ``batch``, the pairs of one rank, and N those of all; the device's type decides the tile.
+    """
+    total = batch * world
+    gathered = 0 if world == 1 else 2 * total
+    height, width = default_tile(torch.device(device))
+    tile = min(height, batch) * min(width, total)
+    return 4 * ((3 * batch + gathered) * embed_dim + 4 * (batch + total) + 3 * tile)
+
+
 def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:
     title = f"{pairs} pairs a rank"
     table = Table("what", "ranks", "sent: formula", "measured", "held: formula", "measured", title=title)
@@ -172,7 +185,7 @@ def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:
             results = _run(kind, pairs, world)
             result = {key: max(result[key] for result in results) for key in results[0]}
             sent = sent_by_loss(pairs, world)
-            memory = float(loss_bytes(pairs, world, D)[0])
+            memory = float(loss_bytes(pairs, world, D))
             if kind == "step":
                 sent += sent_by_gradients(result["parameters"], world)
                 copies = 4 if world == 1 else 5  # weights, gradients, two moments; DDP's buckets
@@ -302,7 +315,7 @@ def h100(utilisation: float) -> Table:
             passes = 3 + checkpointed + (parts - 1) / parts
             days = passes * forward * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
             states = (4 + 4 + 8 + 4 + 2) * parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
-            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim, "cuda")[0]
+            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim, "cuda")
             memory += batch * 3 * int(size.image_size or 0) ** 2  # uint8 images
             table.add_row(name, str(gpus), str(batch), f"{passes:.3g}", f"{days:.1f}", f"{memory / 2**30:.1f}")
     return table

@@ -498,3 +498,14 @@ def test_the_matrix_product_peak_leaves_the_random_numbers_alone() -> None:
     elapsed = time.perf_counter() - since
     assert torch.equal(torch.get_rng_state(), state)
     assert peak >= 2 * 2 * 512**3 / elapsed  # at least two products of at least that size ran in that time
+
+
+def test_memory_of_the_loss_grows_linearly_with_the_batch_and_with_the_devices_tile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU three tiles of 2^25 numbers instead of 2^21; a batch smaller than a tile takes what it needs."""
+    loss_bytes = functions("scaling.py", monkeypatch)["loss_bytes"]
+    for world in (1, 8):
+        assert 1.5 < loss_bytes(32_768, world, 512) / loss_bytes(16_384, world, 512) <= 2
+    assert loss_bytes(16_384, 8, 512, "cuda") - loss_bytes(16_384, 8, 512) == 3 * 4 * (2**25 - 2**21)
+    assert loss_bytes(256, 8, 512, "cuda") == loss_bytes(256, 8, 512)

@@ -262,7 +262,7 @@ class _Softmax(torch.autograd.Function):
         text_grad_ND = torch.zeros_like(texts.features)
         for tile in _tiles(layout):
             logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
-            # Twice the gradient of the logits, halved in ``factor``. At most three tiles exist (training/plan.py).
+            # Twice the gradient of the logits, halved in ``factor``. At most three tiles exist.
             G_bn = (logits_bn - row_lse_B[tile.rows, None]).exp_()
             G_bn += logits_bn.sub_(column_lse_N[tile.columns]).exp_()
             if texts.shares is not None:

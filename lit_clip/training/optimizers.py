@@ -148,11 +148,6 @@ class Optimization:
             "decay": describe_instance(self._decay),
         }
 
-    @property
-    def lr(self) -> float:
-        """The learning rate at factor 1."""
-        return float(probe_optimizer(self.optimizer).defaults["lr"])
-
     def groups(self, module: Any) -> list[dict[str, Any]]:
         """Return the parameter groups of a module's ``model`` and ``loss``; the loss is rated as the head."""
         own = Layer("loss", "head", (self.rates or Rates()).of("head"), list(module.loss.parameters()))

@@ -11,10 +11,8 @@ from lightning.pytorch import Trainer
 from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.losses.tiled import default_tile
 from lit_clip.models.flops import forward_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
-from lit_clip.models.rates import Rates
 from lit_clip.tools.console import Console, plural
 from lit_clip.tools.parts import Description, shown
 from lit_clip.tools.weight_files import read_mapped
@@ -26,10 +24,6 @@ from lit_clip.training.optimizers import state_per_weight
 from lit_clip.training.schedules import batches_per_epoch, resumed_after, total_steps
 from lit_clip.training.summary import print_trained
 
-PAPER_BATCH = 32_768  # table 18
-PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
-PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
-FAR = 10
 FEW_FOR_BATCH_NORM = 16
 FEW_STEPS = 100  # after a warm-up
 
@@ -49,7 +43,6 @@ class RunPlan:
     frozen: int
     image: Work
     text: Work  # for a text of full length
-    embed_dim: int
     batch_norm: bool  # whether an encoder updates its statistics
     devices: int  # ranks on each node
     nodes: int
@@ -59,15 +52,11 @@ class RunPlan:
     steps_per_epoch: int | None
     steps: int | None  # of the whole run
     warmup: int | None  # steps; None for a schedule without that setting
-    learning_rate: float  # the highest
     parts: dict[str, Description]  # optimizer, lr_scheduler and loss
     moments: int | None  # numbers that the optimiser keeps for each weight
-    pretrained: bool  # whether training starts from pretrained weights
-    own_rates: bool  # of a LoRA or of parts: others than the paper's
     max_steps: int | None  # as set
     max_epochs: int | None
     trial: bool = False  # a fast_dev_run, whose settings need not agree
-    device: str = "cpu"  # its type
     captions: float = 1.0  # of an image in a step, on average; above 1 the numbers of pairs here are those of images
 
     @property
@@ -110,27 +99,6 @@ class RunPlan:
         """Bytes of weights, gradients and the optimiser's moments in float32."""
         return 4 * (self.frozen + self.trainable) + 4 * (1 + (self.moments or 0)) * self.trainable
 
-    @property
-    def loss_bytes(self) -> tuple[int, int] | None:
-        """Memory of the loss in bytes: as computed, and with a similarity matrix."""
-        pairs = self.batch and round(self.batch * self.captions)
-        return None if pairs is None else loss_bytes(pairs, self.world, self.embed_dim, self.device)
-
-
-def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> tuple[int, int]:
-    """Return the bytes of the loss on one rank in float32: in tiles, and dense.
-
-    In tiles: the images' scaled features and gradient and the texts' gradient (B rows each); with several ranks the
-    gathered texts, kept from the forward to the backward pass, and their gradient (N rows each); four numbers for each
-    row and column; three tiles. Dense: two B x N matrices of logits and their gradients, as in open_clip's local loss.
-    B is ``batch``, the pairs of one rank, and N those of all; the device's type decides the tile.
-    """
-    total = batch * world
-    gathered = 0 if world == 1 else 2 * total
-    height, width = default_tile(torch.device(device))
-    tile = min(height, batch) * min(width, total)
-    return 4 * ((3 * batch + gathered) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
-
 
 def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     """Return the plan of a :class:`lit_clip.LitCLIP` and its trainer; the data module must be set up.
@@ -147,7 +115,6 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         trainable=sum(size for size, trainable in sizes if trainable),
         frozen=sum(size for size, trainable in sizes if not trainable),
         **dict(zip(TOWERS, tower_work(model), strict=True)),
-        embed_dim=model.config.embed_dim,
         batch_norm=any(layer.training for layer in norms),
         devices=trainer.num_devices,
         nodes=trainer.num_nodes,
@@ -158,15 +125,10 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer, *resumed_after(trainer)),
         warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
-        learning_rate=module.optimization.lr,
         parts=parts,
         moments=state_per_weight(module.optimization.optimizer),
-        pretrained=module.starts_trained,
-        own_rates=bool(hparams.lora)
-        or any((module.optimization.rates or Rates()).of(tower).lr != 1 for tower in TOWERS),
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
-        device=trainer.strategy.root_device.type,
         captions=getattr(data, "captions_per_image", 1.0),
     )
 
@@ -232,12 +194,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
     state = _bytes(plan.state_bytes)
     rows.append((kept, f"{state} on each rank without sharding" if plan.world > 1 else state))
-    if plan.loss_bytes is not None:
-        tiled, dense = plan.loss_bytes
-        # For a small batch the matrix is smaller.
-        instead = f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
-        each = " on each rank" if plan.world > 1 else ""
-        rows.append(("memory of the loss", f"{_bytes(tiled)}{each}{instead}"))
+    if plan.batch is not None:
         rows.append((f"{_unit(plan)} per step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
@@ -295,7 +252,6 @@ def contradictions(plan: RunPlan) -> Iterator[str]:
             f"BatchNorm computes its statistics over {batch // plan.micro_batches} pairs: set batch_size and "
             f"model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
         )
-    yield from _far_rate(plan)
 
 
 def _short_run(plan: RunPlan) -> Iterator[str]:
@@ -305,37 +261,8 @@ def _short_run(plan: RunPlan) -> Iterator[str]:
         return
     lower = "lower --model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
     if warmup >= steps:
-        yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
+        yield f"the run has {plural(steps, 'step')} and warm-up takes {warmup}: {lower}"
     else:
         longer = "max_steps" if plan.max_steps == steps else "max_epochs"
-        left = _count(steps - warmup)
+        left = plural(steps - warmup, "step")
         yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}, or {lower}"
-
-
-def _count(steps: int) -> str:
-    return f"{steps} {'step' if steps == 1 else 'steps'}"
-
-
-def _far_rate(plan: RunPlan) -> Iterator[str]:
-    """Warn about an Adam or AdamW learning rate more than ten times away from the paper's.
-
-    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
-    matters; from pretrained weights 2e-5, for all of them: the last layers alone learn at 3e-4
-    (docs/evidence/recipe_sizes.md). Smaller rates are only suspicious with a batch as large as that.
-    """
-    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if (
-        plan.own_rates
-        or (plan.pretrained and plan.frozen)
-        or rate == 0
-        or "Adam" not in plan.parts["optimizer"]["class_path"]
-    ):
-        return
-    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
-    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
-        start = "from pretrained weights" if plan.pretrained else "from scratch"
-        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        yield (
-            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
-            f"{PAPER_BATCH:,} pairs per step"
-        )

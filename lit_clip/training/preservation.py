@@ -3,10 +3,6 @@
 Shapes: K kept pairs, B of them in a step on this rank, D embedding dimension.
 """
 
-from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -19,30 +15,14 @@ from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.class_paths import find_object
-from lit_clip.training.activation_checkpointing import checkpoint
+from lit_clip.tools.hardware import to_device
+from lit_clip.training.encode_again import EncodesAgain
 from lit_clip.training.micro_batches import encode_pairs
 
 BATCH = 64  # kept pairs that are encoded at once before training
 
 
-class KeptPairs(NamedTuple):
-    """A model, and images (uint8, on the CPU) and texts with features to preserve.
-
-    Not a module, so that the model's parameters are not the loss's.
-    """
-
-    model: CLIP
-    images: Tensor
-    tokens: Tensor
-
-    def batch(self, rows: Tensor, device: torch.device) -> CaptionBatch:
-        tokenizer, tokens = self.model.tokenizer, self.tokens[rows]
-        lengths = tokenizer.lengths(tokens).tolist()
-        batch = CaptionBatch(self.images[rows], tokenizer.trim(tokens), [], lengths=lengths, extra={"row": rows})
-        return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
-
-
-class Preservation(Loss):
+class Preservation(EncodesAgain, Loss):
     """Squared distance between unit features of kept images and captions, now and before training.
 
     Each step encodes some rows of a table, without augmentation and in evaluation mode. The model before encodes the
@@ -62,19 +42,18 @@ class Preservation(Loss):
         require(pairs >= 1, f"model.loss: Preservation.pairs {pairs} must be at least 1")
         self.kept, self.pairs = kept, pairs
         self.steps = 0  # with another one each step draws other rows
-        self.loaded: KeptPairs | None = None
 
     def prepare(self, model: CLIP) -> None:
-        self.loaded, self.steps = (kept := _load(self.kept, model)), 0
-        features = []
+        super().prepare(model)
+        self.images, self.tokens = load_kept(self.kept, model)
+        self.steps = 0
         with torch.no_grad():
-            for rows in torch.arange(len(kept.images)).split(BATCH):
-                features.append(_encode(model, kept.batch(rows, model.device)))
-        for name, parts in zip(("image", "text"), zip(*features, strict=True), strict=True):
-            self.register_buffer(name, torch.cat(parts))
+            rows = torch.arange(len(self.images)).split(BATCH)
+            before = torch.cat([self._features(model, part) for part in rows])
+        for name, features in zip(("image", "text"), before.chunk(2, dim=1), strict=True):
+            self.register_buffer(name, features.clone())
 
     def forward(self, pairs: Pairs) -> Tensor:
-        assert self.loaded is not None, "call prepare first"
         rank, world = pairs.ranks.rank, pairs.ranks.world
         generator = torch.Generator().manual_seed(self.steps)
         self.steps += 1
@@ -82,24 +61,24 @@ class Preservation(Loss):
         ranks = RankCounts(rank, tuple(len(drawn[each::world]) for each in range(world)))
         rows = drawn[rank::world]
         rows = torch.cat([rows, drawn[:1].expand(max(ranks.counts) - len(rows))])  # equally many, as in encode_step
-        image, text, rows = (x[: ranks.counts[rank]] for x in self._encoded(rows, len(pairs.parts), pairs.image.device))
+        mine = ranks.counts[rank]
+        image, text = self.encode(self._features, rows.chunk(len(pairs.parts)))[:mine].chunk(2, dim=1)
         dim = pairs.image.shape[1]  # Matryoshka's have fewer channels
+        rows = to_device(rows[:mine], self.image.device)
         return feature_distance((image[:, :dim], text[:, :dim]), (self.image[rows], self.text[rows]), ranks)
 
     def chance_loss(self, pairs: int) -> float | None:
         """Return None: a model without knowledge has no particular distance."""
         return None
 
-    def _encoded(self, rows: Tensor, parts: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield unit features ``[B, D]`` of images and texts, in as many micro-batches as the step; and their rows."""
-        assert self.loaded is not None
-        found = []
-        for part in rows.chunk(parts):
-            torch.clear_autocast_cache()  # as for micro-batches
-            batch = self.loaded.batch(part, device)
-            encode = _encode if parts == 1 else partial(checkpoint, _encode, inside=self.loaded.model)
-            found.append((*encode(self.loaded.model, batch), batch.extra["row"]))
-        return map(torch.cat, zip(*found, strict=True))
+    def _features(self, model: CLIP, rows: Tensor) -> Tensor:
+        """Encode kept pairs -> unit features of images, then of texts, ``[b, 2 D]``."""
+        tokens = self.tokens[rows]
+        lengths = model.tokenizer.lengths(tokens).tolist()
+        batch = CaptionBatch(self.images[rows], model.tokenizer.trim(tokens), [], lengths=lengths)
+        batch = (batch.pin_memory() if model.device.type == "cuda" else batch).to(model.device)
+        with evaluation_mode(model):  # in here: checkpointing calls this again in the backward pass
+            return torch.cat(encode_pairs(model, batch), dim=1)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
@@ -108,13 +87,8 @@ class Preservation(Loss):
         self.steps = int(state)
 
 
-def _encode(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-    with evaluation_mode(model):  # in here: checkpointing calls this again in the backward pass
-        return encode_pairs(model, batch)
-
-
-def _load(kept: str, model: CLIP) -> KeptPairs:
-    """Open a table and read all its images; of several captions, take the first."""
+def load_kept(kept: str, model: CLIP) -> tuple[Tensor, Tensor]:
+    """Read all images of a table, uint8 on the CPU, and their tokens; of several captions, take the first."""
     try:
         source = find_object("datamodules.open_source.open_source")(kept)
         source.prepare()
@@ -123,6 +97,4 @@ def _load(kept: str, model: CLIP) -> KeptPairs:
     except InputError as error:
         raise InputError(f"model.loss: Preservation.kept: {error}") from error
     pixels = pp.pixels(model.preprocessing)
-    return KeptPairs(
-        model, torch.stack([pixels(pair.image) for pair in found]), model.tokenize([pair.caption for pair in found])
-    )
+    return torch.stack([pixels(pair.image) for pair in found]), model.tokenize([pair.caption for pair in found])

@@ -45,7 +45,7 @@ from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
 from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
-from lit_clip.training.preservation import KeptPairs, Preservation
+from lit_clip.training.preservation import Preservation
 from lit_clip.training.teacher import Distillation, Teacher
 from lit_clip.training.titles import WithTitle
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
@@ -236,10 +236,10 @@ def place_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     return total / (2 * len(images))
 
 
-def kept_pairs(kept: str, model: CLIP) -> KeptPairs:
+def kept_pairs(kept: str, model: CLIP) -> tuple[Tensor, Tensor]:
     """Return pairs without a table to read; four of the texts are equal."""
     batch = make_batch(slice(0, PAIRS))
-    return KeptPairs(model, 255 - batch.images, batch.tokens[[0, 1, 2, 3, 0, 0, 0, 7]])
+    return 255 - batch.images, batch.tokens[[0, 1, 2, 3, 0, 0, 0, 7]]
 
 
 def of_another_model(loss: Loss) -> Loss:
@@ -255,8 +255,9 @@ def of_another_model(loss: Loss) -> Loss:
 def preservation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     """Return the loss of the first step's kept pairs, one pair at a time, at the channels of the features."""
     (term,) = (part for part in loss.modules() if isinstance(part, Preservation))
-    assert term.loaded is not None
-    (model, images, tokens), D = term.loaded, x.text.shape[1]
+    assert term.model is not None, "set by prepare"
+    (model,) = term.model
+    images, tokens, D = term.images, term.tokens, x.text.shape[1]
     rows = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(0))[: term.pairs].tolist()
     ours = [model.encode_image(model.normalize(images[row][None]))[0] for row in rows]
     ours += [model.encode_text(tokens[row][None])[0] for row in rows]
@@ -415,7 +416,7 @@ class Setup(NamedTuple):
 
     @classmethod
     def of(cls, teacher: str) -> "Setup":
-        preservation._load = kept_pairs  # in this process of a rank
+        preservation.load_kept = kept_pairs  # in this process of a rank
         found = Teacher(load_model(teacher))
         found.model.double()
         module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=3)

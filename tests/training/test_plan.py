@@ -24,7 +24,7 @@ from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
+from lit_clip.training.plan import RunPlan, Work, contradictions, measure_run, plan_rows, tower_work
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.training.summary import print_next_steps, print_summary, print_trained, resume_command
 from lit_clip.weights.load import create_model
@@ -36,7 +36,6 @@ GOOD = RunPlan(
     frozen=0,
     image=Work(8_820_000_000, True),
     text=Work(5_960_000_000, True),
-    embed_dim=512,
     batch_norm=False,
     devices=8,
     nodes=16,
@@ -46,7 +45,6 @@ GOOD = RunPlan(
     steps_per_epoch=12_207,
     steps=390_624,
     warmup=2000,
-    learning_rate=5e-4,
     parts={
         "optimizer": {
             "class_path": "torch.optim.AdamW",
@@ -61,8 +59,6 @@ GOOD = RunPlan(
         },
     },
     moments=2,
-    pretrained=False,
-    own_rates=False,
     max_steps=None,
     max_epochs=32,
 )
@@ -83,12 +79,8 @@ def test_the_papers_run_has_no_contradictions_and_the_papers_numbers() -> None:
     assert rows["loss"] == "Sum: terms B, D"
 
 
-def test_rows_leave_out_useless_comparisons() -> None:
-    """No dense matrix that would be smaller, and no warm-up of more than 100% of the run."""
-    rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
-    assert rows["warm-up"] == "50 steps, longer than the run"
-    assert "similarity" not in rows["memory of the loss"]
-    assert "(with a similarity matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
+def test_a_warm_up_longer_than_the_run_has_no_share() -> None:
+    assert dict(plan_rows(replace(GOOD, steps=1, warmup=50)))["warm-up"] == "50 steps, longer than the run"
 
 
 def test_a_single_process_is_not_told_of_ranks() -> None:
@@ -100,7 +92,7 @@ def test_a_single_process_is_not_told_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"warmup": 390_624}, ["390624 steps", "warm-up takes 390624", "model.lr_scheduler.warmup_steps"]),
+        ({"warmup": 390_624}, ["390,624 steps", "warm-up takes 390624", "model.lr_scheduler.warmup_steps"]),
         ({"steps": 299, "warmup": 200}, ["99 steps after its 200 of", "max_epochs, or lower --model.lr_s"]),
         (
             {"steps": 51, "warmup": 50, "max_steps": 51, "max_epochs": None},
@@ -110,9 +102,6 @@ def test_a_single_process_is_not_told_of_ranks() -> None:
         ({"max_steps": 10**6}, ["max_epochs ends the run", "leave max_steps out"]),
         ({"micro_batch": 512}, ["micro_batch_size 512", "256 pairs"]),
         ({"batch_norm": True, "micro_batch": 10}, ["BatchNorm computes its statistics over 9 pairs", "at least 16"]),
-        ({"learning_rate": 6e-3}, ["optimizer.lr 0.006", "from scratch", "0.00036 to 0.0005", "32,768"]),
-        ({"learning_rate": 1e-5}, ["optimizer.lr 1e-05", "from scratch"]),
-        ({"learning_rate": 5e-4, "pretrained": True}, ["from pretrained weights", "2e-05"]),
     ],
 )
 def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list[str]) -> None:
@@ -124,10 +113,6 @@ def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list
 @pytest.mark.parametrize(
     "change",
     [
-        {"batch": 1, "devices": 1, "nodes": 1, "learning_rate": 1e-5},  # plausible for a small batch
-        {"pretrained": True, "learning_rate": 1e-4, "batch": 1},
-        {"own_rates": True, "pretrained": True, "learning_rate": 1e-2},
-        {"frozen": 9, "pretrained": True, "learning_rate": 5e-4},
         {"batch_norm": True, "micro_batch": 64},
         {"max_steps": 390_624},
         {"steps": 300, "warmup": 200},
@@ -152,20 +137,6 @@ def test_recomputation_counts_in_the_training_flops() -> None:
     frozen = replace(both, image=Work(100, False), text=Work(10, True))
     assert frozen.flops == (110, 100 + 45)
     assert replace(GOOD, text=Work(None, True)).flops is None
-
-
-@pytest.mark.parametrize("world", [1, 8])
-def test_memory_of_the_loss_grows_linearly_with_the_batch(world: int) -> None:
-    small, large = loss_bytes(16_384, world, 512), loss_bytes(32_768, world, 512)
-    assert 1.5 < large[0] / small[0] <= 2
-    assert large[1] == 4 * small[1] == 16 * 32_768 * 32_768 * world
-
-
-def test_tiles_are_larger_on_a_gpu() -> None:
-    """Three of 2^25 numbers instead of 2^21; a batch smaller than a tile takes what it needs."""
-    assert loss_bytes(16_384, 8, 512, "cuda")[0] - loss_bytes(16_384, 8, 512)[0] == 3 * 4 * (2**25 - 2**21)
-    assert loss_bytes(256, 8, 512, "cuda")[0] == loss_bytes(256, 8, 512)[0]
-    assert replace(GOOD, batch=16_384, device="cuda").loss_bytes == loss_bytes(16_384, GOOD.world, 512, "cuda")
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -213,9 +184,7 @@ def test_counting_flops_leaves_the_model_unchanged(folders: dict[str, Path]) -> 
 
 
 def trainer(**settings: Any) -> Any:
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
     values = {
-        "strategy": strategy,
         "num_devices": 2,
         "num_nodes": 3,
         "accumulate_grad_batches": 1,

@@ -53,8 +53,7 @@ def term_of(module: LitCLIP) -> Preservation:
 
 def features(module: LitCLIP) -> torch.Tensor:
     """Return the features of the kept pairs, images and texts."""
-    kept = term_of(module).loaded
-    assert kept is not None
+    kept = term_of(module)
     with torch.no_grad():
         image = module.model.encode_image(module.model.normalize(kept.images), normalize=True)
         return torch.cat([image, module.model.encode_text(kept.tokens, normalize=True)])
