@@ -10,8 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.models.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
-from lit_clip.models.registry import papers_models, resolve_architecture
+from lit_clip.models.registry import papers_models
 from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
@@ -171,53 +170,28 @@ def papers_name(model: str) -> str:
 
 
 def nearest(model: Mapping[str, Any]) -> NearestModel:
-    """Return the nearest of the paper's models, with open_clip's name, by the first of these rules that applies.
+    """Return the nearest of the paper's models, with open_clip's name: of the same name, or else of the nearest size.
 
-    1. The name is one of the paper's, apart from a tag and ``-quickgelu``.
-    2. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
-    3. The number of parameters is nearest.
+    A name may have a tag and ``-quickgelu``. A ViT is compared with the paper's ViTs, a ResNet with its ResNets, any
+    other model with all of them.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
     name = str(model.get("name") or "").split(":")[0].removesuffix("-quickgelu")
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
-    image = _image_encoder(model.get("architecture"))
-    if isinstance(image, ResNetConfig | VisionTransformerConfig):
-        theirs = _papers_image_encoders()
-        same_kind = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
-        kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
-        return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
-    parameters = model.get("parameters")
-    if isinstance(parameters, int | float) and parameters > 0:
-        return NearestModel(_closest(_data()["parameters"], parameters / 1e6), "the nearest number of parameters")
-    return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
+    parameters, kind = model.get("parameters"), _kind(model.get("architecture"))
+    if not isinstance(parameters, int | float) or not parameters > 0:
+        return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
+    sizes = {each: math.log(size * 1e6) for each, size in _data()["parameters"].items() if each.startswith(kind)}
+    closest = min(sizes, key=lambda each: abs(sizes[each] - math.log(parameters)))
+    kinds = {"": "the", "ViT": "the ViT with the", "RN": "the ResNet with the"}
+    return NearestModel(closest, f"{kinds[kind]} nearest number of parameters")
 
 
-@lru_cache(maxsize=1)
-def _papers_image_encoders() -> dict[str, Any]:
-    return {name: resolve_architecture(name).image for name in papers_models()}
-
-
-def _closest(sizes: Mapping[str, float], size: float) -> str:
-    return min(sizes, key=lambda name: abs(math.log(sizes[name] / size)))
-
-
-def _image_encoder(architecture: Any) -> Any:
-    """Return the configuration of an image encoder; None if it is not one of ours."""
+def _kind(architecture: Any) -> str:
+    """Return how the paper's names of an image encoder's kind begin; empty if it is neither a ViT nor a ResNet."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
     if not isinstance(image, Mapping) or "timm" in image:
-        return None
-    try:
-        return CLIPConfig.from_dict({"image": image, "text": {}}).image
-    except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
-        return None
-
-
-def _arithmetic(image: Any) -> float:
-    """Estimate an image encoder's arithmetic, in a unit that depends on its kind."""
-    height, width = height_width(image.image_size)
-    if isinstance(image, ResNetConfig):  # a stage halves the sides and doubles the channels: a block costs the same
-        return sum(image.layers) * image.width**2 * height * width
-    tokens = height * width / image.patch_size**2 + 1
-    return image.layers * tokens * (2 * (4 + 2 * image.mlp_ratio) * image.width**2 + 4 * tokens * image.width)
+        return ""
+    return "ViT" if "patch_size" in image else "RN" if isinstance(image.get("layers"), list | tuple) else ""

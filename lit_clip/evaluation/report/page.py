@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_clip.evaluation.comparison import PairedDifference
+from lit_clip.evaluation.comparison import THIS_RUN, PairedDifference
 from lit_clip.evaluation.overview import (
     STATUSES,
     TASKS,
@@ -41,7 +41,7 @@ from lit_clip.evaluation.published import (
     peers,
     published,
 )
-from lit_clip.evaluation.report.charts import figures, svg
+from lit_clip.evaluation.report.charts import few_shot, run_name, svg
 from lit_clip.evaluation.report.results_table import (
     Groups,
     incomplete_means,
@@ -102,11 +102,17 @@ def report_values(
         "measured": measured_note(model),
         "merged": merged_note(found),
         "disagreements": disagreements(),
-        "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
+        "few_shot": few_shot_chart(results, others),
         "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
         "sections": [set_section(name, entry, near.name, folder, weights) for name, entry in sets],
     }
+
+
+def few_shot_chart(results: Results, others: Mapping[str, Results]) -> str:
+    """Return the chart of few-shot results of all runs as ``svg``; empty if this run has none."""
+    figure = few_shot({THIS_RUN: results, **{run_name(path): run for path, run in others.items()}})
+    return "" if figure is None else svg(figure, "few_shot")
 
 
 def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
