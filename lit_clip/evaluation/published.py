@@ -87,38 +87,25 @@ def _measured_names(name: str) -> list[str]:
     return [name, *names] if name in tar_sets else names  # CLIP_benchmark's voc2007 is not VOC2007
 
 
-def published(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """Return the paper's figure for a set, or None if it has none.
+def published(name: str, task: str, model: str) -> dict[str, Published]:
+    """Return the paper's figures for a set, by metric, its first one first; empty if it has none.
 
     Args:
         name: name of the set in the paper's tables.
         task: ``zero_shot``, ``linear_probe``, ``retrieval`` or ``geolocation``.
         model: one of :func:`lit_clip.models.registry.papers_models`.
-        metric: the metric, for a set with several; None: its first.
     """
-    figures = published_metrics(name, task, model)
-    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
+    return _figures().get(("paper", _set(name), task, model), {})
 
 
-def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
-    """Return all figures of the paper for a set, by metric; see :func:`published`."""
-    return dict(_figures().get(("paper", _set(name), task, model), {}))
+def measured(name: str, paper: str, task: str, weights: str) -> dict[str, Published]:
+    """Return the figures that open_clip or CLIP_benchmark measured with :func:`measured_weights`, by metric.
 
-
-def measured(name: str, task: str, weights: str, metric: str) -> Published | None:
-    """Return the figure that open_clip or CLIP_benchmark measured with :func:`measured_weights`; None without one.
-
-    The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
+    A set is known by its name in the ``paper``, or by its own if that is CLIP_benchmark's (``wds_vtab-cifar10``): any
+    other may be called like one of the paper's without having its images.
     """
-    return _figures().get(("measured", _set(name), task, weights), {}).get(metric)
-
-
-def measured_name(name: str, paper: str) -> str:
-    """Return a set's name for :func:`measured`: its name in the paper, or its own if that is CLIP_benchmark's.
-
-    Any other set may be called like one of the paper's without having its images.
-    """
-    return paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
+    known = paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
+    return _figures().get(("measured", _set(known), task, weights), {})
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:

@@ -22,7 +22,6 @@ from lit_clip.evaluation.published import (
     papers_sets,
     peers,
     published,
-    published_metrics,
 )
 from lit_clip.evaluation.report.charts import (
     few_shot,
@@ -291,8 +290,8 @@ def test_damaged_and_empty_results_are_shown_with_gaps(tmp_path: Path) -> None:
 def test_published_figures_match_the_paper(
     name: str, task: str, model: str, metric: str | None, percents: float, verified: bool, table: int
 ) -> None:
-    figure = published(name, task, model, metric)
-    assert figure is not None
+    figures = published(name, task, model)
+    figure = next(iter(figures.values())) if metric is None else figures[metric]
     assert figure.value == pytest.approx(percents / 100)
     assert figure.verified is verified
     assert figure.source == f"Radford et al. 2021, table {table}"
@@ -309,9 +308,9 @@ def test_every_model_has_figures_for_the_papers_27_sets(
     names = {entry.paper for entry in suite.values()}
     for model in papers_models():
         for task, table in (("zero_shot", 11), ("linear_probe", 10)):
-            found = [published(name, task, model) for name in names]
+            found = [next(iter(published(name, task, model).values()), None) for name in names]
             assert sum(figure is not None and figure.source.endswith(f"table {table}") for figure in found) == 27
-    probes = {name: published(name, "linear_probe", "ViT-L-14-336") for name in names}
+    probes = {name: next(iter(published(name, "linear_probe", "ViT-L-14-336").values()), None) for name in names}
     kept = {name: probe.value for name, probe in probes.items() if probe and probe.source.endswith("table 10")}
     assert 100 * sum(kept.values()) / 27 == pytest.approx(85.056, abs=5e-4)  # mean given with a transcription
 
@@ -323,22 +322,20 @@ def test_every_set_named_as_in_the_paper_has_a_figure_for_its_metric(
     for name, entry in suite.items():
         if entry.paper:
             model = "ViT-L-14" if entry.paper.startswith("CelebA") else "ViT-L-14-336"
-            figures_of = published_metrics(entry.paper, task_of.get(entry.metric, "zero_shot"), model)
+            figures_of = published(entry.paper, task_of.get(entry.metric, "zero_shot"), model)
             metrics = {"recall@1": "text_to_image_recall@1", "within_km": "within_25km"}
             assert metrics.get(entry.metric, entry.metric) in figures_of, name
 
 
 def test_pm_means_peers_and_open_clips_measurements_are_found() -> None:
-    pm = published("ImageNet-Vid (robust)", "zero_shot", "ViT-L-14-336", "pm")
-    assert pm is not None
-    assert pm.value == pytest.approx((0.953 + 0.892) / 2)
+    assert published("ImageNet-Vid (robust)", "zero_shot", "ViT-L-14-336")["pm"].value == pytest.approx(
+        (0.953 + 0.892) / 2
+    )
     assert peers("IM2GPS", "geolocation")["PlaNet"]["within_1km"].value == pytest.approx(0.084)
-    of_open_clip = measured("COCO", "retrieval", "RN50", "text_to_image_recall@5")
-    assert of_open_clip is not None
-    assert of_open_clip.value == pytest.approx(0.5291)
-    assert published("COCO", "retrieval", "RN50") is None
-    assert published("no such set", "zero_shot", "RN50") is None
-    assert published("", "zero_shot", "RN50") is None
+    assert measured("mine", "COCO", "retrieval", "RN50")["text_to_image_recall@5"].value == pytest.approx(0.5291)
+    assert published("COCO", "retrieval", "RN50") == {}
+    assert published("no such set", "zero_shot", "RN50") == {}
+    assert published("", "zero_shot", "RN50") == {}
     assert any("88.3 in table 11, 88.4 in table 14" in line for line in disagreements())
 
 
@@ -394,7 +391,7 @@ def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], 
     (mean,) = group_means(rows(results_of(sets)), "zero_shot")
     assert mean.sets == 27
     assert mean.ours == pytest.approx(0.5)
-    theirs = [published(name, "zero_shot", "ViT-B-32") for name in papers_sets()]
+    theirs = [next(iter(published(name, "zero_shot", "ViT-B-32").values())) for name in papers_sets()]
     assert mean.papers == pytest.approx(sum(figure.value for figure in theirs if figure) / 27)
     assert "mean of the paper's 27 sets 50.0" in Page(report_page(results_of(sets), folder, {})).text
     assert [line.split()[0] for line in printed(results_of(sets)).splitlines() if " 50.0 " in line][-1] == "mean"
@@ -425,11 +422,12 @@ def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], 
     ],
 )
 def test_measured_figures_are_found_by_each_name_of_a_set(name: str, task: str, metric: str, percents: float) -> None:
-    figure = measured(name, task, "ViT-L-14:laion2b_s32b_b82k", metric)
-    assert figure is not None
-    assert figure.value == pytest.approx(percents / 100)
-    assert measured(name, task, "ViT-L-14:laion2b_s32b_b82k", "map11") is None
-    assert measured("VOC2007", "zero_shot", "ViT-L-14:laion2b_s32b_b82k", "top1") is None  # other images
+    weights, paper = "ViT-L-14:laion2b_s32b_b82k", name if name == "CIFAR10" else ""
+    figures = measured(name, paper, task, weights)
+    assert figures[metric].value == pytest.approx(percents / 100)
+    assert "map11" not in figures
+    assert measured("x", "VOC2007", "zero_shot", weights) == {}  # other images
+    assert measured("CIFAR10", "", "zero_shot", weights) == {}  # may be anything that is called so
 
 
 def printed(results: dict[str, Any]) -> str:

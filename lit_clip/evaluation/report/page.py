@@ -34,7 +34,6 @@ from lit_clip.evaluation.published import (
     Published,
     disagreements,
     measured,
-    measured_name,
     measured_weights,
     nearest,
     papers_name,
@@ -190,13 +189,11 @@ def _metrics(
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
         others, numbers = peers(paper, task), _no_shares(result)
-        shares = {name: value for name, value in (result.get("metrics") or {}).items() if name not in numbers}
+        known = published(paper, task, model), measured(name, paper, task, weights)
+        shares = {metric: value for metric, value in (result.get("metrics") or {}).items() if metric not in numbers}
         for metric, value in shares.items():
             ours = task_words(task, metric), percent(number(value)), _between(interval_of(result, metric))
-            figures = (
-                published(paper, task, model, metric),
-                measured(measured_name(name, paper), task, weights, metric),
-            )
+            figures = (of.get(metric) for of in known)
             of_peers = (f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of)
             lines.append([*ours, *map(_with_source, figures), "; ".join(of_peers)])
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
