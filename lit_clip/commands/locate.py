@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.table import Column, Table
 
 from lit_clip import load_model
@@ -26,11 +27,14 @@ from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
-from lit_clip.tools.images import OnError, image_for_model, or_skip
+from lit_clip.tools.images import OnError, image_for_model, or_skip, png_program
 from lit_clip.tools.text_files import read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
 JSON, PAGE, SKIPPED = "locations.json", "locate.html", "skipped.txt"
+KINDS = ("overlay", "mask")  # of the files for an image and a text
+NAME = re.compile(r"[a-z0-9-]*[0-9a-f]{12}(\.mask)?\.png")  # of such a file, see file_stem
+PROGRAM = "lit-clip locate"  # in such a file, by which a later run knows it wherever it lies
 SHOWN, THUMBNAIL = 100, 320  # images on the page, and pixels of an overlay's longer side there
 
 
@@ -55,7 +59,8 @@ def locate(
         texts: what to find, each in quotes, after the file or folder; two names of one thing would compete.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: a folder for locations.json, for each image and text a heat map over the image and a mask, and
-            locate.html, a page of the first 100 images. Images in the folder are not read.
+            locate.html, a page of the first 100 images. An earlier run's files are replaced, whatever its texts were;
+            images in the folder are not read, nor are heat maps and masks of earlier runs in other folders.
         background: a text file with one text of another thing per line, of the form of yours; by default the names of
             the 100 classes of CIFAR-100.
         false_alarms: share of images in which a text of a thing that is not there may be seen, if the background is of
@@ -92,14 +97,15 @@ def _check_texts(texts: Sequence[str]) -> None:
 
 
 def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFile]:
-    """Leave out images in the output folder."""
+    """Leave out images in the output folder, and heat maps and masks of earlier runs in any folder."""
     top, output = (os.path.realpath(each) for each in (images, folder))
     if not os.path.isdir(top):
         return files
     wrong = f"--output {folder}: the images are in it, where the next run would read the heat maps; name another folder"
     require(not Path(top).is_relative_to(output), wrong)
     found = [file for file in files if not Path(os.path.realpath(file.path.parent)).is_relative_to(output)]
-    require(bool(found), f"{images}: no images outside of --output {folder}")
+    found = [file for file in found if png_program(file.path) != PROGRAM]
+    require(bool(found), f"{images}: no images outside of --output {folder} but heat maps of earlier runs")
     return found
 
 
@@ -127,8 +133,8 @@ class Answers:
             raise KeyboardInterrupt(f"what is done is in {kept}") from None
         done = len(self.files) - len(self.unreadable)
         check_complete(done, len(self.files), self.unreadable)
+        self._remove_earlier()
         self._write(JSON)
-        remove(self.folder / f"{JSON}.partial")
         title = " | ".join(self.locator.texts)
         write_page(self.folder / PAGE, TEMPLATE, title=title, images=self.shown, done=done)
         report_skipped([file.key for file in self.files], self.unreadable, self.folder / SKIPPED)
@@ -164,6 +170,13 @@ class Answers:
         if len(self.shown) < SHOWN:
             self.shown.append({"key": file.key, "level": f"{located.level:.3f}", "texts": found})
 
+    def _remove_earlier(self) -> None:
+        written = {row[kind] for row in self.rows for kind in KINDS}
+        for path in self.folder.glob("*.png"):
+            if path.name not in written and NAME.fullmatch(path.name) and png_program(path) == PROGRAM:
+                remove(path)
+        remove(self.folder / f"{JSON}.partial")
+
     def _write(self, name: str) -> Path:
         with replacing(self.folder / name) as draft:
             draft.write_text(json_text(self.rows), encoding="utf-8")
@@ -186,5 +199,7 @@ def file_stem(key: str, text: str) -> str:
 
 
 def _save(image: Image.Image, path: Path) -> None:
+    header = PngInfo()
+    header.add_text("Software", PROGRAM)
     with replacing(path) as draft:
-        image.save(draft, "PNG")
+        image.save(draft, "PNG", pnginfo=header)

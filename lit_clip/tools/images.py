@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
 from functools import cache, partial
@@ -196,6 +196,12 @@ def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
     """Return an image's width and height from its header, without decoding it; see :func:`open_image`."""
     with _opened(source, where) as image:
         return image.size
+
+
+def png_program(path: Path) -> object:
+    """Return the program that wrote a PNG, from its header; None if unknown, and for other files."""
+    with suppress(BadSample), _opened(path, None) as image:
+        return image.info.get("Software") if image.format == "PNG" else None
 
 
 def or_skip(message: str, option: str) -> str:

@@ -86,13 +86,56 @@ def test_locations_equal_those_of_the_maps_of_each_image(folder: Path, capsys: p
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
 
 
-def test_a_later_run_reads_no_heat_maps_and_replaces_the_list(folder: Path) -> None:
+def test_a_later_run_reads_no_heat_maps_and_leaves_no_file_of_an_earlier_one(folder: Path) -> None:
     first = run(".", "red", "green")
-    (folder / "locations/locations.json.partial").write_text("[]")
+    (folder / "locations/own.png").write_bytes((folder / "photos/a.png").read_bytes())
+    (folder / "locations/locations.json.partial").write_text(json.dumps([{"overlay": "../others.txt", "mask": 5}]))
     second = run(".", "blue")
     assert [row["image"] for row in second] == [row["image"] for row in first[::2]]
-    assert not (folder / "locations/locations.json.partial").exists()
-    assert len(run(f"locations/{first[0]['overlay']}", "red")) == 1  # a file that is named is read
+    assert files(folder / "locations") == {"locations.json", "locate.html", "own.png"} | {
+        row[kind] for row in second for kind in ("overlay", "mask") if row[kind]
+    }
+    assert (folder / "others.txt").exists()
+    assert len(run("locations/own.png", "red")) == 1  # a file that is named is read
+    (folder / "locations/locations.json").write_text("5")
+    assert run(".", "blue") == second
+
+
+def test_heat_maps_of_earlier_runs_in_other_folders_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run("photos", "red", "green", "--output", "photos/first")
+    with monkeypatch.context() as killed:  # after its first image, so that it writes no list
+        killed.setattr("lit_clip.commands.locate.Answers._write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("photos", "blue", "--output", "photos/deep/killed")
+    drawn = [f"photos/first/{row[kind]}" for row in first for kind in ("overlay", "mask") if row[kind]]
+    Path(drawn[0]).rename("photos/moved.png")
+    (folder / "photos/first/own.png").write_bytes((folder / "photos/a.png").read_bytes())
+    assert len(list((folder / "photos").rglob("*.png"))) > len(drawn) + 4
+    later = run("photos", "red", "green", "--output", "elsewhere")
+    assert {row["image"] for row in later} == {*IMAGES, "photos/first/own.png"}
+    assert [row for row in later if row["image"] in IMAGES] == first
+    assert run(drawn[1], "red")[0]["image"] == drawn[1]  # a file that is named is read
+    for name in (*IMAGES, "photos/first/own.png"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="photos: no images outside of --output other but heat maps"):
+        run("photos", "red", "--output", "other")
+
+
+def test_a_later_run_removes_what_a_killed_one_has_left_and_nothing_of_the_users(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("lit_clip.commands.locate.Answers._write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("photos", "red")
+    left = next((folder / "locations").glob("*.mask.png"))
+    own = "like-a-run-0123456789ab.png", f"copy of {left.name}"
+    for name, content in zip(own, (folder / "photos/a.png", left), strict=True):
+        (folder / "locations" / name).write_bytes(content.read_bytes())
+    second = run("photos", "blue")
+    assert files(folder / "locations") == {"locations.json", "locate.html", *own} | {
+        row[kind] for row in second for kind in ("overlay", "mask") if row[kind]
+    }
 
 
 def test_an_output_folder_that_holds_the_images_is_refused(folder: Path) -> None:
