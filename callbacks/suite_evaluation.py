@@ -339,7 +339,7 @@ class LinearProbe(SuiteEvaluation):
 
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluate between two steps as in a validation: averaged weights, evaluation mode, one rank's statistics."""
+    """Evaluate between steps as in validation: averaged weights, evaluation mode, one rank's statistics."""
     averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     with evaluation_mode(module):
