@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.accuracy import ranks_of_labels
 from lit_clip.evaluation.before_after import Measured, retrieval_scores
 from lit_clip.evaluation.classification import embeddings, keys_of, targets_of
@@ -13,6 +13,7 @@ from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import instantiate
+from lit_clip.tools.reading import naming
 from .suite_evaluation import SuiteEvaluation
 
 
@@ -48,9 +49,7 @@ def open_rest(path: str) -> OpenSet:
     classes = Path(path).is_dir() and any(each.is_dir() for each in Path(path).glob("[!.]*"))
     kind, option = ("ImageFolderClasses", "root") if classes else ("evaluation.CaptionedPairs", "path")
     spec = {"class_path": f"lit_clip.datamodules.{kind}", "init_args": {option: path}}
-    try:
+    with naming("Proof.rest"):
         images = instantiate(ImageSet, spec)
         require(len(images) > 0, f"{path}: there are no images")
-    except InputError as error:
-        raise InputError(f"Proof.rest: {error}") from error
     return OpenSet(path, SuiteEntry(spec), [Fold({"test": images})], ["zero_shot" if classes else "retrieval"])

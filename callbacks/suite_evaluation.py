@@ -35,6 +35,7 @@ from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.reading import naming
 from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.fsdp import whole_weights
 from lit_clip.training.lightning.run_folder import run_folder
@@ -133,7 +134,7 @@ class SuiteEvaluation(Callback):
             except MissingData as error:
                 rank_zero_warn(f"{type(self).__name__}: {name} is skipped: {error}")
                 continue
-            with named(name):
+            with naming(name):
                 self._check(opened[-1])
         self._opened = opened
 
@@ -249,7 +250,7 @@ class SuiteEvaluation(Callback):
         self._folder = run_folder(trainer)  # every rank must ask
         for opened in self._opened or ():
             current = self.encoded(module.model, opened)
-            with named(opened.name), torch.autocast(module.device.type, enabled=False):
+            with naming(opened.name), torch.autocast(module.device.type, enabled=False):
                 for task in opened.tasks:
                     stem = self._folder and self._folder / f"{task}_{opened.name}"
                     found = distributed.on_first_rank(partial(task_metrics, task, current, options, stem))
@@ -279,7 +280,7 @@ class SuiteEvaluation(Callback):
 
         folds = [replace(fold, features={}) for fold in opened.folds]
         current = replace(opened, folds=folds, probes={}, records={}, **scale_and_bias(model))
-        with named(opened.name):
+        with naming(opened.name):
             encode_set(current, Encoder(features, partial(self.classifier, model), records), model)
         return current
 
@@ -337,17 +338,8 @@ class LinearProbe(SuiteEvaluation):
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Prefix error messages with the name of the set."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-@contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluate between two steps as in a validation: averaged weights, evaluation mode, one rank's statistics."""
+    """Evaluate between steps as in validation: averaged weights, evaluation mode, one rank's statistics."""
     averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     with evaluation_mode(module):

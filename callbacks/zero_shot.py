@@ -103,7 +103,7 @@ class ZeroShot(SuiteEvaluation):
 
 
 def _contact_sheet(module: LitCLIP, opened: OpenSet, examples: int) -> Image.Image:
-    """Draw evenly spread images of the first fold with their most similar class names."""
+    """Draw evenly spread images with their most similar class names."""
     images, features = opened.folds[0].images["test"], opened.folds[0].features["test"]
     assert opened.prompts is not None
     assert opened.classifier is not None

@@ -11,9 +11,8 @@ import shutil
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -29,32 +28,6 @@ from lit_clip.tools.reading import first_line
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".gz")
 
 
-class _HubFile(NamedTuple):
-    repository: str
-    commit: str
-    name: str
-    size: int
-
-
-@dataclass
-class _Plan:
-    """A folder that lacks sets of a suite, and their sources."""
-
-    root: Path
-    names: list[str] = field(default_factory=list)
-    torchvision: list[dict[str, Any]] = field(default_factory=list)
-    hub: list[str] = field(default_factory=list)
-    splits: set[str] = field(default_factory=set)  # subfolders wanted of a data set of the hub
-    files: list[_HubFile] = field(default_factory=list)  # of the hub, which are missing
-
-    @property
-    def stage(self) -> Path:
-        return self.root.with_name(f".{self.root.name}.download")
-
-    def lacks(self, file: _HubFile) -> bool:
-        return not (self.root / file.name).exists()
-
-
 def download_missing(
     entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task] = TASKS
 ) -> dict[str, str]:
@@ -64,49 +37,20 @@ def download_missing(
     """
     make_folder(data_root, "--data_root")
     failed: dict[str, str] = {}
-    plans: list[_Plan] = []
-    for plan in _plans(entries, data_root, tasks):
-        try:
-            plan.files = [file for name in plan.hub for file in _of_hub(plan, name)]
-            plans += [plan] if plan.files or plan.torchvision else []
-        except InputError as error:
-            failed |= dict.fromkeys(plan.names, str(error))
-    if plans:
-        size = size_in_bytes(sum(file.size for plan in plans for file in plan.files))
-        more = " and files of unknown size" if any(plan.torchvision for plan in plans) else ""
-        names = ", ".join(name for plan in plans for name in plan.names)
-        stderr().print(f"downloading {size}{more} into {data_root}: {names}")
-    for plan in plans:
-        try:
-            make_folder(plan.root.parent, "--data_root")
-            with _alone(plan):
-                _download(plan)
-        except InputError as error:
-            failed |= dict.fromkeys(plan.names, str(error))
-            stderr().print(f"{', '.join(plan.names)}: {error}")
-    return failed
-
-
-def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task]) -> list[_Plan]:
-    plans: dict[Path, _Plan] = {}
     for name, entry in entries.items():
         used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
         splits = {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
         if not entry.download or not _is_missing(entry, splits, data_root):
             continue
-        plan = _Plan((data_root / entry.location).resolve())
-        for source in entry.download:
-            if "hub" in source:
-                plan.hub.append(source["hub"])
-            elif source.get("split") not in entry.splits.keys() - splits and not _is_there(source, plan.root):
-                plan.torchvision.append(source)
-        if plan.hub or plan.torchvision:
-            known = plans.setdefault(plan.root, plan)
-            known.names.append(name)
-            known.hub += [source for source in plan.hub if source not in known.hub]
-            known.torchvision += [source for source in plan.torchvision if source not in known.torchvision]
-            known.splits |= {str(entry.splits[split].get("split", split)) for split in splits}
-    return list(plans.values())
+        root = (data_root / entry.location).resolve()
+        try:
+            make_folder(root.parent, "--data_root")
+            with _alone(name, root):
+                _download(name, entry, splits, root)
+        except InputError as error:
+            failed[name] = str(error)
+            stderr().print(f"{name}: {error}")
+    return failed
 
 
 def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
@@ -137,32 +81,14 @@ def _torchvision_set(source: Mapping[str, Any], root: Path, **options: Any) -> A
     return found(str(root), **{key: value for key, value in source.items() if key != "torchvision"}, **options)
 
 
-def _of_hub(plan: _Plan, name: str) -> list[_HubFile]:
-    """Return a hub data set's missing files, at its top and in the folders of wanted splits."""
-    from huggingface_hub import HfApi
-
-    guard_hub()
-    try:
-        info = HfApi().dataset_info(name, revision="main", files_metadata=True)
-        listed = [(file.rfilename.partition("/"), file) for file in info.siblings or []]
-        wanted = [file for (top, slash, _), file in listed if top in plan.splits or not (slash or top.startswith("."))]
-        files = [
-            _HubFile(name, str(info.sha), checked_relative(file.rfilename), int(file.size or 0)) for file in wanted
-        ]
-    except Exception as error:  # offline, gated, no such data set, or an error of the HTTP library
-        raise InputError(f"{name}: cannot be downloaded from the hub ({first_line(error)})") from error
-    require(bool(files), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
-    return list(filter(plan.lacks, files))
-
-
 @contextmanager
-def _alone(plan: _Plan) -> Iterator[None]:
-    """Lock the folder after other processes have finished downloading into it; a killed process holds no lock."""
-    lock = FileLock(plan.stage.with_name(f"{plan.stage.name}.lock"))
+def _alone(name: str, root: Path) -> Iterator[None]:
+    """Lock a folder after other processes have finished downloading into it; a killed process holds no lock."""
+    lock = FileLock(root.with_name(f".{root.name}.download.lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        stderr().print(f"{', '.join(plan.names)}: waiting for another process that downloads into {plan.root}")
+        stderr().print(f"{name}: waiting for another process that downloads into {root}")
         lock.acquire()
     try:
         yield
@@ -171,40 +97,56 @@ def _alone(plan: _Plan) -> Iterator[None]:
         lock.release()
 
 
-def _download(plan: _Plan) -> None:
-    """Download the files missing now: another process may have been faster."""
-    hub, unpacked = plan.stage / "hub", plan.stage / "torchvision"
+def _download(name: str, entry: SuiteEntry, splits: Collection[str], root: Path) -> None:
+    """Download the files that ``root`` lacks now: another process may have been faster."""
+    stage = root.with_name(f".{root.name}.download")
+    hub, unpacked = stage / "hub", stage / "torchvision"
     shutil.rmtree(unpacked, ignore_errors=True)  # torchvision takes what is half unpacked for the whole set
+    folders = {str(entry.splits[split].get("split", split)) for split in splits}
     try:
-        _fetch(list(filter(plan.lacks, plan.files)), hub)
-        for source in plan.torchvision:
-            if not _is_there(source, plan.root):
+        for source in entry.download:
+            if "hub" in source:
+                _fetch(name, source["hub"], folders, root, hub)
+            elif source.get("split") not in entry.splits.keys() - splits and not _is_there(source, root):
+                stderr().print(f"{name}: downloading torchvision's {source['torchvision']} into {root}")
                 _unpack(source, unpacked)
         for folder in filter(Path.exists, (hub, unpacked)):
-            if plan.root.exists():
-                shutil.copytree(folder, plan.root, copy_function=os.replace, dirs_exist_ok=True)
+            if root.exists():
+                shutil.copytree(folder, root, copy_function=os.replace, dirs_exist_ok=True)
             else:
-                folder.rename(plan.root)
+                folder.rename(root)
     except InputError:
         raise
     except Exception as error:  # of the network or the disk; a damaged archive can raise anything
         hint = "run the same command again to resume"
-        raise InputError(f"{', '.join(plan.names)}: cannot be downloaded ({first_line(error)}); {hint}") from error
-    shutil.rmtree(plan.stage, ignore_errors=True)
+        raise InputError(f"{name}: cannot be downloaded ({first_line(error)}); {hint}") from error
+    shutil.rmtree(stage, ignore_errors=True)
 
 
-def _fetch(files: list[_HubFile], folder: Path) -> None:
-    """Download files from the hub, and verify its checksums."""
+def _fetch(name: str, repository: str, splits: Collection[str], root: Path, folder: Path) -> None:
+    """Download a hub data set's files that ``root`` lacks, at its top and in the folders of ``splits``; verify them."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    for repository, commit, name, _ in files:
-        hf_hub_download(repository, name, repo_type="dataset", revision=commit, local_dir=folder)
-    for repository, commit in {(file.repository, file.commit) for file in files}:
-        checked = HfApi().verify_repo_checksums(repository, repo_type="dataset", revision=commit, local_dir=folder)
-        wrong = [each["path"] for each in checked.mismatches]
-        for name in wrong:
-            (folder / name).unlink()
-        require(not wrong, f"{repository}: the checksum of {', '.join(wrong)} is wrong; not kept")
+    guard_hub()
+    try:
+        info = HfApi().dataset_info(repository, revision="main", files_metadata=True)
+        listed = [(file.rfilename.partition("/"), file) for file in info.siblings or []]
+        wanted = [file for (top, slash, _), file in listed if top in splits or not (slash or top.startswith("."))]
+        sizes = {checked_relative(file.rfilename): int(file.size or 0) for file in wanted}
+    except Exception as error:  # offline, gated, no such data set, or an error of the HTTP library
+        raise InputError(f"{repository}: cannot be downloaded from the hub ({first_line(error)})") from error
+    require(bool(sizes), f"{repository}: no files of {', '.join(sorted(splits))} on the hub")
+    sizes = {file: size for file, size in sizes.items() if not (root / file).exists()}
+    if not sizes:
+        return
+    stderr().print(f"{name}: downloading {size_in_bytes(sum(sizes.values()))} into {root}")
+    source: Any = {"repo_type": "dataset", "revision": str(info.sha), "local_dir": folder}
+    for file in sizes:
+        hf_hub_download(repository, file, **source)
+    wrong = [each["path"] for each in HfApi().verify_repo_checksums(repository, **source).mismatches]
+    for file in wrong:
+        (folder / file).unlink()
+    require(not wrong, f"{repository}: the checksum of {', '.join(wrong)} is wrong; not kept")
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # what hf_hub_download resumes from
 
 

@@ -12,7 +12,6 @@ from lit_clip.evaluation.published import (
     canonical_set,
     datacomp_groups,
     measured,
-    measured_name,
     measured_weights,
     nearest,
     papers_sets,
@@ -141,8 +140,8 @@ def _rows_of(name: str, entry: Mapping[str, Any], model: str, weights: str) -> I
         for column, task in columns.items():
             value = number((results[column].get("metrics") or {}).get(metric, results[column].get("value")))
             interval = interval_of(results[column], metric)
-            figure = published(paper, task, model, metric)
-            others = measured(measured_name(name, paper), task, weights, metric)
+            figure = published(paper, task, model).get(metric)
+            others = measured(name, paper, task, weights).get(metric)
             row.values.update({} if value is None else {column: value})
             row.intervals.update({column: interval} if interval and value is not None else {})
             row.papers.update({column: figure} if figure else {})

@@ -10,8 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.models.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
-from lit_clip.models.registry import papers_models, resolve_architecture
+from lit_clip.models.registry import papers_models
 from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
@@ -88,38 +87,25 @@ def _measured_names(name: str) -> list[str]:
     return [name, *names] if name in tar_sets else names  # CLIP_benchmark's voc2007 is not VOC2007
 
 
-def published(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """Return the paper's figure for a set, or None if it has none.
+def published(name: str, task: str, model: str) -> dict[str, Published]:
+    """Return the paper's figures for a set, by metric, its first one first; empty if it has none.
 
     Args:
         name: name of the set in the paper's tables.
         task: ``zero_shot``, ``linear_probe``, ``retrieval`` or ``geolocation``.
         model: one of :func:`lit_clip.models.registry.papers_models`.
-        metric: the metric, for a set with several; None: its first.
     """
-    figures = published_metrics(name, task, model)
-    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
+    return _figures().get(("paper", _set(name), task, model), {})
 
 
-def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
-    """Return all figures of the paper for a set, by metric; see :func:`published`."""
-    return dict(_figures().get(("paper", _set(name), task, model), {}))
+def measured(name: str, paper: str, task: str, weights: str) -> dict[str, Published]:
+    """Return the figures that open_clip or CLIP_benchmark measured with :func:`measured_weights`, by metric.
 
-
-def measured(name: str, task: str, weights: str, metric: str) -> Published | None:
-    """Return the figure that open_clip or CLIP_benchmark measured with :func:`measured_weights`; None without one.
-
-    The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
+    A set is known by its name in the ``paper``, or by its own if that is CLIP_benchmark's (``wds_vtab-cifar10``): any
+    other may be called like one of the paper's without having its images.
     """
-    return _figures().get(("measured", _set(name), task, weights), {}).get(metric)
-
-
-def measured_name(name: str, paper: str) -> str:
-    """Return a set's name for :func:`measured`: its name in the paper, or its own if that is CLIP_benchmark's.
-
-    Any other set may be called like one of the paper's without having its images.
-    """
-    return paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
+    known = paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
+    return _figures().get(("measured", _set(known), task, weights), {})
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:
@@ -171,53 +157,28 @@ def papers_name(model: str) -> str:
 
 
 def nearest(model: Mapping[str, Any]) -> NearestModel:
-    """Return the nearest of the paper's models, with open_clip's name, by the first of these rules that applies.
+    """Return the nearest of the paper's models, with open_clip's name: of the same name, or else of the nearest size.
 
-    1. The name is one of the paper's, apart from a tag and ``-quickgelu``.
-    2. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
-    3. The number of parameters is nearest.
+    A name may have a tag and ``-quickgelu``. A ViT is compared with the paper's ViTs, a ResNet with its ResNets, any
+    other model with all of them.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
     name = str(model.get("name") or "").split(":")[0].removesuffix("-quickgelu")
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
-    image = _image_encoder(model.get("architecture"))
-    if isinstance(image, ResNetConfig | VisionTransformerConfig):
-        theirs = _papers_image_encoders()
-        same_kind = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
-        kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
-        return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
-    parameters = model.get("parameters")
-    if isinstance(parameters, int | float) and parameters > 0:
-        return NearestModel(_closest(_data()["parameters"], parameters / 1e6), "the nearest number of parameters")
-    return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
+    parameters, kind = model.get("parameters"), _kind(model.get("architecture"))
+    if not isinstance(parameters, int | float) or not parameters > 0:
+        return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
+    sizes = {each: math.log(size * 1e6) for each, size in _data()["parameters"].items() if each.startswith(kind)}
+    closest = min(sizes, key=lambda each: abs(sizes[each] - math.log(parameters)))
+    kinds = {"": "the", "ViT": "the ViT with the", "RN": "the ResNet with the"}
+    return NearestModel(closest, f"{kinds[kind]} nearest number of parameters")
 
 
-@lru_cache(maxsize=1)
-def _papers_image_encoders() -> dict[str, Any]:
-    return {name: resolve_architecture(name).image for name in papers_models()}
-
-
-def _closest(sizes: Mapping[str, float], size: float) -> str:
-    return min(sizes, key=lambda name: abs(math.log(sizes[name] / size)))
-
-
-def _image_encoder(architecture: Any) -> Any:
-    """Return the configuration of an image encoder; None if it is not one of ours."""
+def _kind(architecture: Any) -> str:
+    """Return how the paper's names of an image encoder's kind begin; empty if it is neither a ViT nor a ResNet."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
     if not isinstance(image, Mapping) or "timm" in image:
-        return None
-    try:
-        return CLIPConfig.from_dict({"image": image, "text": {}}).image
-    except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
-        return None
-
-
-def _arithmetic(image: Any) -> float:
-    """Estimate an image encoder's arithmetic, in a unit that depends on its kind."""
-    height, width = height_width(image.image_size)
-    if isinstance(image, ResNetConfig):  # a stage halves the sides and doubles the channels: a block costs the same
-        return sum(image.layers) * image.width**2 * height * width
-    tokens = height * width / image.patch_size**2 + 1
-    return image.layers * tokens * (2 * (4 + 2 * image.mlp_ratio) * image.width**2 + 4 * tokens * image.width)
+        return ""
+    return "ViT" if "patch_size" in image else "RN" if isinstance(image.get("layers"), list | tuple) else ""

@@ -17,7 +17,7 @@ def _run_page_without_curves(write: Any, *arguments: Any) -> None:
 
 
 LEFT_OUT = [
-    patch.object(page, "figures", lambda *_: {}),
+    patch.object(page, "few_shot", lambda *_: None),
     patch.object(evaluate, "write_tensorboard", lambda *_: None),
     patch.object(run_page, "write_run_page", partial(_run_page_without_curves, run_page.write_run_page)),
 ]

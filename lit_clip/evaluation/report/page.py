@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_clip.evaluation.comparison import PairedDifference
+from lit_clip.evaluation.comparison import THIS_RUN, PairedDifference
 from lit_clip.evaluation.overview import (
     STATUSES,
     TASKS,
@@ -34,14 +34,13 @@ from lit_clip.evaluation.published import (
     Published,
     disagreements,
     measured,
-    measured_name,
     measured_weights,
     nearest,
     papers_name,
     peers,
     published,
 )
-from lit_clip.evaluation.report.charts import figures, svg
+from lit_clip.evaluation.report.charts import few_shot, run_name, svg
 from lit_clip.evaluation.report.results_table import (
     Groups,
     incomplete_means,
@@ -102,11 +101,17 @@ def report_values(
         "measured": measured_note(model),
         "merged": merged_note(found),
         "disagreements": disagreements(),
-        "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
+        "few_shot": few_shot_chart(results, others),
         "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
         "sections": [set_section(name, entry, near.name, folder, weights) for name, entry in sets],
     }
+
+
+def few_shot_chart(results: Results, others: Mapping[str, Results]) -> str:
+    """Return the chart of few-shot results of all runs as ``svg``; empty if this run has none."""
+    figure = few_shot({THIS_RUN: results, **{run_name(path): run for path, run in others.items()}})
+    return "" if figure is None else svg(figure, "few_shot")
 
 
 def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
@@ -184,13 +189,11 @@ def _metrics(
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
         others, numbers = peers(paper, task), _no_shares(result)
-        shares = {name: value for name, value in (result.get("metrics") or {}).items() if name not in numbers}
+        known = published(paper, task, model), measured(name, paper, task, weights)
+        shares = {metric: value for metric, value in (result.get("metrics") or {}).items() if metric not in numbers}
         for metric, value in shares.items():
             ours = task_words(task, metric), percent(number(value)), _between(interval_of(result, metric))
-            figures = (
-                published(paper, task, model, metric),
-                measured(measured_name(name, paper), task, weights, metric),
-            )
+            figures = (of.get(metric) for of in known)
             of_peers = (f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of)
             lines.append([*ours, *map(_with_source, figures), "; ".join(of_peers)])
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]

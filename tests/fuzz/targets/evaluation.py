@@ -174,7 +174,10 @@ def read_other_results(folder: Path, given: Input) -> Iterator[str]:
     written = charts.svg if sum(given.data) % 16 == 0 else lambda figure, name: ""
     try:
         print_results(results, console)
-        with patch.object(page, "svg", written), patch.object(page, "figures", charts.figures):  # which tests leave out
+        with (
+            patch.object(page, "svg", written),
+            patch.object(page, "few_shot", charts.few_shot),
+        ):  # which tests leave out
             page.write_report(whole, folder, {"other": results})
             page.write_report(results, folder, {"other": whole})
         write_tables(results, folder, {"other": whole, "b": results}, {"b": ["b"], "this": ["other"]})
