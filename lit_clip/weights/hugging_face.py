@@ -30,8 +30,7 @@ from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights import hugging_face_forms as forms
-from lit_clip.weights import hugging_face_timm as on_timm
-from lit_clip.weights.hugging_face_encoders import (
+from lit_clip.weights.hugging_face_forms import (
     ACTIVATIONS,
     Converted,
     Folder,
@@ -119,7 +118,7 @@ def _clip(folder: Folder) -> Converted:
     if forms.FG_CLIP in folder.state:
         folder = forms.fg_clip_of_short_texts(folder)
     if PATCH_BIAS in folder.state:
-        return on_timm.eva_clip(folder)
+        return forms.eva_clip(folder)
     theirs = complete("CLIPConfig", folder.values)
     text = theirs.text_config
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
@@ -226,8 +225,8 @@ FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.j
     "aimv2": forms.aimv2_or_groupvit,
     "groupvit": forms.aimv2_or_groupvit,
     "align": forms.align,
-    "evaclip": on_timm.eva_clip,
-    "tipsv2": on_timm.tipsv2,
+    "evaclip": forms.eva_clip,
+    "tipsv2": forms.tipsv2,
 }
 
 
