@@ -21,8 +21,8 @@ from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import ImageEncoder, is_traced
 from lit_clip.tools.hardware import to_device
-from lit_clip.tools.hub_client import guard_hub, without_bar
-from lit_clip.tools.reading import first_line, reason
+from lit_clip.tools.hub_client import guard_hub, hub_errors, without_bar
+from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import COUNTS
 from lit_clip.tools.weight_files import read_tensors
 
@@ -253,13 +253,11 @@ def _creating(where: str) -> Iterator[None]:
 def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
     """Load a model with all its weights from the source; none may be left random."""
     where = f"architecture.text: {config.hugging_face}"
-    guard_hub()
-    try:  # in float32, however they are stored
-        options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        with without_bar() if Path(config.hugging_face).is_dir() else nullcontext():  # a download shows its bar
-            model, loaded = auto.from_pretrained(config.hugging_face, **options)
-    except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"{where}: no weights of that model there ({first_line(error)})") from error
+    # In float32, however they are stored.
+    options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    bar = without_bar() if Path(config.hugging_face).is_dir() else nullcontext()  # a download shows its bar
+    with hub_errors(f"{where}: no weights of that model there"), bar:
+        model, loaded = auto.from_pretrained(config.hugging_face, **options)
     absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)
     require(not absent, f"{where}: its weights lack {''.join(absent[:1])}, which would be random")
     return model

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -83,55 +83,57 @@ def complete(kind: str, values: Mapping[str, Any]) -> Any:
         return getattr(transformers, kind).from_dict(dict(values))
 
 
+# Sizes of an encoder's blocks, in our configurations: transformers' names.
+SIZES = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "layer_norm_eps": "layer_norm_eps",
+}
+# Arguments of timm's vision transformer: our names.
+TIMM_SIZES = {
+    "embed_dim": "width",
+    "depth": "layers",
+    "num_heads": "heads",
+    "mlp_ratio": "mlp_ratio",
+    "act_layer": "activation",
+}
+
+
+def _sizes(theirs: Any, part: str) -> dict[str, Any]:
+    """Return the sizes and activation of an encoder's blocks; ``part`` is its place in ``config.json``."""
+    return {
+        **{ours: getattr(theirs, name) for ours, name in SIZES.items()},
+        "mlp_ratio": ratio(theirs.intermediate_size, theirs.hidden_size),
+        "activation": activation(f"{part}.hidden_act", theirs.hidden_act),
+    }
+
+
 def clip_config(theirs: Any, preprocessor: Mapping[str, Any] | None, text: TextConfig) -> CLIPConfig:
     """Return the architecture of a model with a CLIPModel's image encoder and the given text encoder."""
-    image = theirs.vision_config
-    agree("vision_config.num_channels", image.num_channels, 3)
-    size = square("vision_config.image_size", image.image_size)
-    act = activation("vision_config.hidden_act", image.hidden_act)
+    vision = theirs.vision_config
+    agree("vision_config.num_channels", vision.num_channels, 3)
+    size, patch = (square(f"vision_config.{name}", getattr(vision, name)) for name in ("image_size", "patch_size"))
+    image = VisionTransformerConfig(size, patch, **_sizes(vision, "vision_config"))
     return CLIPConfig(
         embed_dim=theirs.projection_dim,
-        image=VisionTransformerConfig(
-            image_size=size,
-            patch_size=square("vision_config.patch_size", image.patch_size),
-            width=image.hidden_size,
-            layers=image.num_hidden_layers,
-            heads=image.num_attention_heads,
-            mlp_ratio=ratio(image.intermediate_size, image.hidden_size),
-            layer_norm_eps=image.layer_norm_eps,
-            activation=act,
-        ),
+        image=image,
         text=text,
-        activation=getattr(text, "activation", None) or act,
+        activation=getattr(text, "activation", None) or cast(Activation, image.activation),
         preprocessing=None if preprocessor is None else preprocessing_of(preprocessor, size, "CLIPImageProcessor"),
     )
 
 
 def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
     """Return our text encoder from transformers' configuration and the settings that it lacks."""
-    return TextTransformerConfig(
-        context_length=theirs.max_position_embeddings,
-        vocab_size=theirs.vocab_size,
-        width=theirs.hidden_size,
-        layers=theirs.num_hidden_layers,
-        heads=theirs.num_attention_heads,
-        mlp_ratio=ratio(theirs.intermediate_size, theirs.hidden_size),
-        layer_norm_eps=theirs.layer_norm_eps,
-        activation=activation("text_config.hidden_act", theirs.hidden_act),
-        **settings,
-    )
+    sizes = _sizes(theirs, "text_config")
+    return TextTransformerConfig(theirs.max_position_embeddings, theirs.vocab_size, **sizes, **settings)
 
 
 def timm_options(theirs: Any) -> dict[str, Any]:
     """Return the sizes of a transformers image encoder as arguments of timm's vision transformer."""
-    return {
-        "patch_size": square("vision_config.patch_size", theirs.patch_size),
-        "embed_dim": theirs.hidden_size,
-        "depth": theirs.num_hidden_layers,
-        "num_heads": theirs.num_attention_heads,
-        "mlp_ratio": ratio(theirs.intermediate_size, theirs.hidden_size),
-        "act_layer": activation("vision_config.hidden_act", theirs.hidden_act),
-    }
+    sizes, patch = _sizes(theirs, "vision_config"), square("vision_config.patch_size", theirs.patch_size)
+    return {"patch_size": patch} | {name: sizes[ours] for name, ours in TIMM_SIZES.items()}
 
 
 def plain(theirs: Any) -> dict[str, Any]:
@@ -191,8 +193,7 @@ def chinese_clip(folder: Folder) -> Converted:
     text = bert(theirs.text_config, "bert", folder.tokenizer, context_length=length)
     pairs = [
         *vision_pairs(theirs.vision_config.num_hidden_layers),
-        *same_pairs(folder.state, "text.transformer.", "text_model."),
-        *same_pairs(folder.state, "text.proj.", "text_projection."),
+        *same_pairs(folder.state, {"text.transformer.": "text_model.", "text.proj.": "text_projection."}),
     ]
     return clip_config(theirs, folder.preprocessor, text), renamed(folder.state, pairs, inwards=True)
 
@@ -210,12 +211,11 @@ def altclip(folder: Folder) -> Converted:
         else name.replace(".layer.", ".layers."): tensor
         for name, tensor in folder.state.items()
     }
+    prefixes = {"text.transformer.": "text_model.roberta.", "text.proj.0.": "text_model.pre_LN."}
+    prefixes |= {"text.proj.1.": "text_model.transformation.", "text.proj.2.": "text_projection."}
     pairs = [
         *vision_pairs(theirs.vision_config.num_hidden_layers),
-        *same_pairs(state, "text.transformer.", "text_model.roberta."),
-        *same_pairs(state, "text.proj.0.", "text_model.pre_LN."),
-        *same_pairs(state, "text.proj.1.", "text_model.transformation."),
-        *same_pairs(state, "text.proj.2.", "text_projection."),
+        *same_pairs(state, prefixes),
     ]
     length = min(ALTCLIP_CONTEXT, text.max_position_embeddings - text.pad_token_id - 1)
     encoder = bert(text, "xlm-roberta", folder.tokenizer, context_length=length, projection="norm")
@@ -244,14 +244,9 @@ def aimv2_or_groupvit(folder: Folder) -> Converted:
         text=HuggingFaceTextConfig(folder.tokenizer, False, length, "end", projection, model=model),
         preprocessing=preprocessing_of(folder.preprocessor or {}, size, "CLIPImageProcessor"),
     )
-    pairs = [
-        *same_pairs(state, f"visual.encoder.{inner[0]}", "vision_model."),
-        *same_pairs(state, "visual.proj.", "visual_projection."),
-        *same_pairs(state, f"text.transformer.{inner[1]}", "text_model."),
-        *same_pairs(state, "text.proj.", "text_projection."),
-        (["logit_scale"], ["logit_scale"], "same"),
-    ]
-    return ours, renamed(state, pairs, inwards=True)
+    prefixes = {f"visual.encoder.{inner[0]}": "vision_model.", "visual.proj.": "visual_projection."}
+    prefixes |= {f"text.transformer.{inner[1]}": "text_model.", "text.proj.": "text_projection."}
+    return ours, renamed(state, same_pairs(state, {**prefixes, "logit_scale": "logit_scale"}), inwards=True)
 
 
 def align(folder: Folder) -> Converted:
@@ -275,11 +270,8 @@ def align(folder: Folder) -> Converted:
     )
     state = {name: tensor for name, tensor in folder.state.items() if not name.startswith("text_model.pooler.")}
     temperature = state.pop("temperature")
-    pairs = [
-        *same_pairs(state, "visual.encoder.", "vision_model."),
-        *same_pairs(state, "text.transformer.", "text_model."),
-        *same_pairs(state, "text.proj.", "text_projection."),
-    ]
+    prefixes = {"visual.encoder.": "vision_model.", "text.transformer.": "text_model."}
+    pairs = same_pairs(state, {**prefixes, "text.proj.": "text_projection."})
     return ours, {**renamed(state, pairs, inwards=True), "logit_scale": -temperature.float().log()}
 
 
