@@ -93,7 +93,7 @@ def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     convert(settings, _PlainSettings, where)
     typed: dict[str, Any] = {}
     for name, kind in _DATACLASSES.items():
-        value = settings.get(name)
+        value = settings[name]
         typed[name] = None if value is None else from_plain(kind, value, f"{where}.{name}")
     return typed
 
@@ -112,7 +112,10 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         except RecursionError as error:
             raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
         convert(checkpoint, _OURS)
-        typed_settings(hparams, "hyper_parameters")
+        convert(hparams, _PlainSettings, "hyper_parameters")
+        for name, kind in _DATACLASSES.items():
+            if hparams.get(name) is not None:
+                from_plain(kind, hparams[name], name)
         config = CLIPConfig.from_dict(hparams["architecture"])
         problem = _problem(checkpoint, hparams, config)
         if problem:
