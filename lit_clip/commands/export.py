@@ -15,7 +15,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import Console, progress, stderr
+from lit_clip.tools.console import Console, progress
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
@@ -88,7 +88,6 @@ def export(
     for note in _left_out(original, format):
         console.print(note)
     if repository:
-        stderr().print(repository.plan(folder))
         console.print(f"uploaded: {upload(folder, repository)}")
 
 

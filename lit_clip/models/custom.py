@@ -42,7 +42,7 @@ from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
-from lit_clip.models.transformer import check_images, is_traced
+from lit_clip.models.transformer import ImageEncoder, is_traced
 from lit_clip.tools.parts import script_name
 
 CONTRACT = {
@@ -81,7 +81,10 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     require(is_module, f"{where} is no torch.nn.Module; {CONTRACT[kind]}")
     require(found.forward is not nn.Module.forward, f"{where} has no forward; {CONTRACT[kind]}")
-    arguments, signature = {"embed_dim": embed_dim, **config.init_args}, inspect.signature(found)
+    own = config.init_args.get("embed_dim", embed_dim)
+    advice = "leave it out: an encoder gets the architecture's"
+    require(own == embed_dim, f"{where}: init_args.embed_dim {own} is not architecture.embed_dim {embed_dim}; {advice}")
+    arguments, signature = {**config.init_args, "embed_dim": embed_dim}, inspect.signature(found)
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -102,7 +105,7 @@ def size_of(encoder: nn.Module, config: CustomImageConfig | CustomTextConfig) ->
     return normalised((sides[0], sides[1]))
 
 
-class CustomImageEncoder(nn.Module):
+class CustomImageEncoder(ImageEncoder):
     """Your own image encoder (``encoder``), checked with one small batch when it is created."""
 
     def __init__(self, config: CustomImageConfig, embed_dim: int, bands: int = 3) -> None:
@@ -119,15 +122,7 @@ class CustomImageEncoder(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``; the encoder hides its own projection, if any."""
-        return self(images)
-
-    def project(self, features: Tensor) -> Tensor:
-        """``[B, D]`` -> ``[B, D]``, unchanged."""
-        return features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        check_images(images, self.image_size, self.bands)
+        self.check(images)
         return self.encoder(images)
 
 

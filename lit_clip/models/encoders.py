@@ -22,9 +22,7 @@ from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external import HuggingFaceImageEncoder, HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
-from lit_clip.models.transformer import TextTransformer, VisionTransformer
-
-ImageEncoder = VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder | HuggingFaceImageEncoder
+from lit_clip.models.transformer import ImageEncoder, TextTransformer, VisionTransformer
 
 
 def image_encoder(config: CLIPConfig) -> ImageEncoder:

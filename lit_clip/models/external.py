@@ -19,10 +19,10 @@ from lit_clip.models.external_settings import check_text_only, timm_hub_weights,
 from lit_clip.models.packing import length_groups
 from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.tokenizer import unpadded_lengths
-from lit_clip.models.transformer import check_images, is_traced
+from lit_clip.models.transformer import ImageEncoder, is_traced
 from lit_clip.tools.hardware import to_device
-from lit_clip.tools.hub_client import guard_hub, without_bar
-from lit_clip.tools.reading import first_line, reason
+from lit_clip.tools.hub_client import guard_hub, hub_errors, without_bar
+from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import COUNTS
 from lit_clip.tools.weight_files import read_tensors
 
@@ -50,7 +50,7 @@ def projection(
     return nn.Identity()
 
 
-class TimmImageEncoder(nn.Module):
+class TimmImageEncoder(ImageEncoder):
     """A timm model without its classifier (``trunk``) and a projection (``head``), named as in open_clip."""
 
     def __init__(self, config: TimmConfig, embed_dim: int, bands: int = 3) -> None:
@@ -87,7 +87,7 @@ class TimmImageEncoder(nn.Module):
             from lit_clip.models import naflex
 
             return naflex.features(self.trunk, images)
-        check_images(images, self.image_size, self.bands)
+        self.check(images)
         return self.pooled(cast(Any, self.trunk).forward_features(images)) if self.joined else self.trunk(images)
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -99,12 +99,7 @@ class TimmImageEncoder(nn.Module):
         return trunk.fc_norm(torch.stack([x[:, 0], patches.mean(dim=1)], dim=1)).flatten(1)
 
     def project(self, features: Tensor) -> Tensor:
-        """``[B, W]`` -> ``[B, D]``."""
         return self.head(features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        return self.project(self.features(images))
 
 
 def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
@@ -206,7 +201,7 @@ def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **se
         return getattr(transformers, classes[kind])(config)
 
 
-class HuggingFaceImageEncoder(nn.Module):
+class HuggingFaceImageEncoder(ImageEncoder):
     """A part of a transformers model that encodes images (``encoder``), and a projection (``proj``)."""
 
     def __init__(self, config: HuggingFaceImageConfig, embed_dim: int) -> None:
@@ -217,17 +212,11 @@ class HuggingFaceImageEncoder(nn.Module):
         self.proj = projection(width, embed_dim, config.projection, False, type(self.encoder).__name__)
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection."""
-        check_images(images, self.image_size)
+        self.check(images)
         return self.encoder(pixel_values=images).pooler_output
 
     def project(self, features: Tensor) -> Tensor:
-        """``[B, W]`` -> ``[B, D]``."""
         return self.proj(features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        return self.project(self.features(images))
 
 
 def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
@@ -264,13 +253,11 @@ def _creating(where: str) -> Iterator[None]:
 def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
     """Load a model with all its weights from the source; none may be left random."""
     where = f"architecture.text: {config.hugging_face}"
-    guard_hub()
-    try:  # in float32, however they are stored
-        options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        with without_bar() if Path(config.hugging_face).is_dir() else nullcontext():  # a download shows its bar
-            model, loaded = auto.from_pretrained(config.hugging_face, **options)
-    except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"{where}: no weights of that model there ({first_line(error)})") from error
+    # In float32, however they are stored.
+    options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    bar = without_bar() if Path(config.hugging_face).is_dir() else nullcontext()  # a download shows its bar
+    with hub_errors(f"{where}: no weights of that model there"), bar:
+        model, loaded = auto.from_pretrained(config.hugging_face, **options)
     absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)
     require(not absent, f"{where}: its weights lack {''.join(absent[:1])}, which would be random")
     return model

@@ -16,8 +16,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import HUB, check_timm_options
-from lit_clip.tools.hub_client import checked_relative, guard_hub
-from lit_clip.tools.reading import first_line, naming, reading, reason
+from lit_clip.tools.hub_client import checked_relative, hub_errors
+from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
@@ -149,15 +149,11 @@ def timm_hub_weights(name: str) -> Path:
 def _download(name: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download  # takes seconds
 
-    guard_hub()
     repository, _, revision = name.removeprefix(HUB).partition("@")
-    try:
+    with hub_errors(f"architecture.image: no {file} of {name} on the hub or in its cache"):
         if revision:
             checked_relative(revision)  # a checkpoint may give the name
         return Path(hf_hub_download(repository, file, revision=revision or None))
-    except Exception as error:  # no such repository or file, no network, a name that is none
-        where = f"architecture.image: no {file} of {name}"
-        raise InputError(f"{where} on the hub or in its cache ({reason(error)})") from error
 
 
 def is_naflex(config: TimmConfig) -> bool:
@@ -186,11 +182,8 @@ def hugging_face_config(source: str) -> dict[str, Any]:
     """Return the configuration of a text encoder as plain values."""
     from transformers import AutoConfig
 
-    guard_hub()
-    try:
+    with hub_errors(f"architecture.text: no Hugging Face model at {source!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({first_line(error)})") from error
     check_text_only(config, source)
     padded = getattr(config, "pad_token_id", None) is not None
     where = f"architecture.text: {source}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceTokenizerConfig
 from lit_clip.models.tokenizer import TextTokenizer, checked_texts, repaired, unpadded_lengths
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import hub_errors
 from lit_clip.tools.reading import reason
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
@@ -94,12 +94,9 @@ def from_source(
     """Load the tokenizer of a hub name or a local folder, for an encoder with ``vocab_size`` embeddings."""
     from transformers import AutoTokenizer  # takes seconds
 
-    guard_hub()
     where = f"architecture.text: the tokenizer at {config.source!r}"
-    try:
+    with hub_errors(f"architecture.text: no tokenizer at {config.source!r}"):
         loaded: Any = AutoTokenizer.from_pretrained(config.source, trust_remote_code=False)
-    except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"architecture.text: no tokenizer at {config.source!r} ({reason(error)})") from error
     backend = _backend(loaded)
     if backend is None:
         advice = "save one with save_pretrained of its Fast class in transformers"

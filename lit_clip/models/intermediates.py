@@ -13,7 +13,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.external import TimmImageEncoder
 from lit_clip.models.packing import Layout
 from lit_clip.models.resnet import ModifiedResNet
-from lit_clip.models.transformer import VisionTransformer, check_images
+from lit_clip.models.transformer import VisionTransformer
 
 
 class Options(NamedTuple):
@@ -85,7 +85,7 @@ def forward_intermediates(
 
 
 def _transformer(vit: VisionTransformer, images: Tensor, wanted: Options) -> dict[str, Any]:
-    check_images(images, vit.image_size)
+    vit.check(images)
     blocks, x = list(vit.transformer.resblocks), vit.embed_grid(images, vit.grid)
     B, L, _ = x.shape
     layout, numbers, outputs = Layout(((B, L),), causal=False), wanted.blocks(len(blocks)), []
@@ -113,7 +113,7 @@ def _transformer(vit: VisionTransformer, images: Tensor, wanted: Options) -> dic
 
 
 def _resnet(resnet: ModifiedResNet, images: Tensor, wanted: Options) -> dict[str, Any]:
-    check_images(images, resnet.image_size)
+    resnet.check(images)
     require(wanted.image_output_fmt == "NCHW", "image_output_fmt: a ResNet has maps; choose NCHW")
     stages = (resnet.stem, resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
     numbers, x, maps = wanted.blocks(len(stages)), images, []
@@ -125,7 +125,7 @@ def _resnet(resnet: ModifiedResNet, images: Tensor, wanted: Options) -> dict[str
 
 
 def _timm(encoder: TimmImageEncoder, images: Tensor, wanted: Options) -> dict[str, Any]:
-    check_images(images, encoder.image_size, encoder.bands)
+    encoder.check(images)
     trunk: Any = encoder.trunk
     options: dict[str, Any] = {
         "indices": wanted.image_indices,

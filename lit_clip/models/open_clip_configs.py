@@ -27,6 +27,21 @@ from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
 HALF = (0.5, 0.5, 0.5)
+# Entries with one meaning in both libraries: open_clip's names, our fields and open_clip's defaults.
+VISION = {
+    "patch_size": ("patch_size", 16),
+    "width": ("width", 768),
+    "layers": ("layers", 12),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+}
+POOLER = {"attn_pooler_queries": ("pool_queries", 256), "attn_pooler_heads": ("pool_heads", 8)}
+TEXT = ("vocab_size", "width", "layers", "heads", "mlp_ratio")
+# Poolings of a text encoder of transformers.
+TEXT_POOLERS: dict[str, Literal["mean", "cls", "pooler"]] = {
+    "mean_pooler": "mean",
+    "cls_last_hidden_state_pooler": "cls",
+    "cls_pooler": "pooler",
+}
 # Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
     "custom_text": (True, False),
@@ -182,24 +197,18 @@ def _image(values: _CheckedDict, activation: Activation) -> ImageConfig:
 
 
 def _vision_transformer(values: _CheckedDict, image_size: Any, activation: Activation) -> VisionTransformerConfig:
-    width, head_width = values.take("width", 768), values.take("head_width", 64)
+    sizes = {ours: values.take(theirs, usual) for theirs, (ours, usual) in (VISION | POOLER).items()}
     attention, pool = values.take("attentional_pool", False), values.take("pool_type", "tok")
     norm_last = values.take("final_ln_after_pool", False)
-    queries, heads = values.take("attn_pooler_queries", 256), values.take("attn_pooler_heads", 8)
     values.check(attention in (True, False), "attentional_pool", attention)
     values.check(pool == "tok" or (pool == "avg" and not attention), "pool_type", pool)
     values.check(pool == "tok" or norm_last, "final_ln_after_pool", norm_last)
     return VisionTransformerConfig(
         image_size,
-        values.take("patch_size", 16),
-        width,
-        values.take("layers", 12),
-        width // head_width,
-        values.take("mlp_ratio", 4.0),
+        **sizes,
+        heads=sizes["width"] // values.take("head_width", 64),
         ln_pre=not values.take("no_ln_pre", False),
         pool="attention" if attention else "mean" if pool == "avg" else "class",
-        pool_queries=queries,
-        pool_heads=heads,
         layer_norm_eps=(values.take("norm_kwargs") or {}).get("eps", 1e-5),
         activation=activation,
     )
@@ -208,15 +217,10 @@ def _vision_transformer(values: _CheckedDict, image_size: Any, activation: Activ
 def _text(values: _CheckedDict, activation: Activation) -> TextConfig:
     context, hf = values.take("context_length", 77), values.take("hf_model_name")
     if hf:
-        pooler: dict[str, Literal["mean", "cls", "pooler"]] = {
-            "mean_pooler": "mean",
-            "cls_last_hidden_state_pooler": "cls",
-            "cls_pooler": "pooler",
-        }
         kind, pooling = values.take("hf_proj_type", "mlp"), values.take("hf_pooler_type", "mean_pooler")
         values.taken("vocab_size", "width", "heads", "layers")
-        values.check(kind in ("linear", "mlp") and pooling in pooler, "hf_pooler_type", pooling)
-        result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
+        values.check(kind in ("linear", "mlp") and pooling in TEXT_POOLERS, "hf_pooler_type", pooling)
+        result: TextConfig = HuggingFaceTextConfig(hf, False, context, TEXT_POOLERS[pooling], kind)
         named = _tokenizer(values)
         usual = named is None or replace(named, source=hf) == result.tokenizer
         values.check(usual, "tokenizer_kwargs", f"of {hf}")
@@ -234,7 +238,7 @@ def _text(values: _CheckedDict, activation: Activation) -> TextConfig:
             tokenizer=_tokenizer(values),
             pool=pool,
             activation=activation,
-            **values.taken("vocab_size", "width", "layers", "heads", "mlp_ratio", "eos_id"),
+            **values.taken(*TEXT, "eos_id"),
         )
     values.done()
     return result

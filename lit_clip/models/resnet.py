@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.models.config import ResNetConfig, height_width
-from lit_clip.models.transformer import check_images
+from lit_clip.models.transformer import ImageEncoder
 
 EXPANSION = 4
 
@@ -76,7 +76,7 @@ class AttentionPool(nn.Module):
         return self.c_proj(pooled.transpose(1, 2).flatten(1))
 
 
-class ModifiedResNet(nn.Module):
+class ModifiedResNet(ImageEncoder):
     """Three stem convolutions, four stages of bottlenecks, attention pooling (paper, section 2.4).
 
     Where it is moved to another device, the convolutions' weights get the memory format of :func:`weight_format`.
@@ -115,18 +115,10 @@ class ModifiedResNet(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=weight_format(after))
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        check_images(images, self.image_size)
-        return self.attnpool(self.feature_map(images))
-
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``: the pooling projects, so no features exist before it."""
-        return self(images)
-
-    def project(self, features: Tensor) -> Tensor:
-        """``[B, D]`` -> ``[B, D]``, unchanged."""
-        return features
+        self.check(images)
+        return self.attnpool(self.feature_map(images))
 
     def feature_map(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` of any size -> ``[B, C, H/32, W/32]``, before the pooling."""

@@ -112,12 +112,35 @@ class Transformer(nn.Module):
         return last(x_TW, layout, read_B)
 
 
-def check_images(images: Tensor, image_size: Size, bands: int = 3) -> None:
-    """Raise :class:`InputError` unless a batch is ``[B, bands, H, W]`` of the model's image size."""
-    height, width = height_width(image_size)
-    if images.shape[1:] != (bands, height, width):
-        reads = f"the model reads [B, {bands}, {height}, {width}]; use model.preprocess"
-        raise InputError(f"images are {list(images.shape)}, {reads}")
+class ImageEncoder(nn.Module):
+    """An image encoder of any kind: features, and their projection into the embedding.
+
+    Attributes:
+        image_size: of the images, in pixels.
+        bands: of the images.
+    """
+
+    image_size: Size
+    bands: int = 3
+
+    def check(self, images: Tensor) -> None:
+        """Raise :class:`InputError` unless a batch is ``[B, bands, H, W]`` of the model's image size."""
+        height, width = height_width(self.image_size)
+        if images.shape[1:] != (self.bands, height, width):
+            reads = f"the model reads [B, {self.bands}, {height}, {width}]; use model.preprocess"
+            raise InputError(f"images are {list(images.shape)}, {reads}")
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """``[B, W]`` -> ``[B, D]``; unchanged if the features of this encoder are projected already."""
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+        return self.project(self.features(images))
 
 
 def resample_positions(position_LW: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -147,7 +170,7 @@ class AttentionalPooler(nn.Module):
         return self.attn(query, x, x, need_weights=False)[0].squeeze(1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageEncoder):
     """The paper's ViT: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
 
     Other models have no such LayerNorm, or read other tokens (:class:`VisionTransformerConfig`).
@@ -179,12 +202,11 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(pooled, embed_dim).mul_(width**-0.5))
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
         return self.features_from(self._embed(images))
 
     def _embed(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, L, W]``, the first block's input."""
-        check_images(images, self.image_size)
+        self.check(images)
         x = self._tokens(images, self.grid)
         return self.ln_pre(self._drop_patches(x) if self.training and self.patch_dropout else x)
 
@@ -230,12 +252,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def project(self, features: Tensor) -> Tensor:
-        """``[B, W]`` -> ``[B, D]``."""
         return features @ self.proj
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        return self.project(self.features(images))
 
 
 class TextTransformer(nn.Module):

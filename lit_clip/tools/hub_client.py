@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from lit_clip.errors import UNPRINTABLE, require
+from lit_clip.errors import UNPRINTABLE, InputError, require
+from lit_clip.tools.reading import first_line
 from lit_clip.tools.untrusted import shortened
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,6 +28,20 @@ def guard_hub() -> None:
     make = _http._GLOBAL_CLIENT_FACTORY
     if getattr(make, "func", None) is not _client:
         set_client_factory(partial(_client, make))
+
+
+@contextmanager
+def hub_errors(where: str, ending: str = "") -> Iterator[None]:
+    """Guard the hub's client, and turn any error of a library that uses the hub or its cache into one line.
+
+    They raise anything: without a network, for an unknown name, and for damaged or foreign files. The line is
+    ``where (reason)``, followed by ``ending``.
+    """
+    guard_hub()
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{where} ({first_line(error)}){ending}") from error
 
 
 @contextmanager

@@ -5,8 +5,7 @@ Both libraries take seconds to import, so they are imported on use.
 
 import dataclasses
 import glob
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, CLIPConfig
 from lit_clip.models.registry import resolve_architecture
-from lit_clip.tools.hub_client import checked_commit, guard_hub, is_relative
-from lit_clip.tools.reading import first_line
+from lit_clip.tools.hub_client import checked_commit, hub_errors, is_relative
 
+_ABSENT = "no such file or folder, and not available from the hub"
 # Files that a model needs beside its weights.
 _SMALL = [
     *("*config.json", "*.index.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
@@ -29,12 +28,12 @@ def download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    with _hub(name) as snapshot:
-        folder = snapshot(name, _SMALL)
+    with hub_errors(f"{name}: {_ABSENT}"):
+        folder = _snapshot(name, _SMALL)
         indices = {path.name for path in folder.glob("*.index.json")}
         if indices and not (folder / "open_clip_config.json").exists():
             safe = indices != {"pytorch_model.bin.index.json"}
-            return snapshot(name, ["*.safetensors" if safe else "pytorch_model-*.bin"])
+            return _snapshot(name, ["*.safetensors" if safe else "pytorch_model-*.bin"])
         for weights in OPEN_CLIP_WEIGHTS:
             with suppress(EntryNotFoundError):  # includes LocalEntryNotFoundError: not in the cache
                 hf_hub_download(name, weights)
@@ -42,22 +41,12 @@ def download(name: str) -> Path:
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
 
-@contextmanager
-def _hub(name: str) -> Iterator[Callable[[str, list[str]], Path]]:
-    """Give a function that downloads files of a repository; the hub's errors become one line."""
+def _snapshot(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    def snapshot(repository: str, patterns: list[str]) -> Path:
-        folder = Path(snapshot_download(repository, allow_patterns=patterns))
-        checked_commit(folder.name)  # without a network it is what a file of the cache says
-        return folder
-
-    guard_hub()
-    try:
-        yield snapshot
-    except Exception as error:  # no network, no such name, or a malformed answer
-        words = first_line(error)
-        raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
+    folder = Path(snapshot_download(repository, allow_patterns=patterns))
+    checked_commit(folder.name)  # without a network it is what a file of the cache says
+    return folder
 
 
 def is_file(name: str) -> bool:
@@ -70,8 +59,8 @@ def is_file(name: str) -> bool:
 def download_file(name: str) -> Path:
     """Download ``org/name/file.pt``, and return the file in the hub's cache."""
     organisation, repository, file = name.split("/", 2)
-    with _hub(name) as snapshot:
-        folder = snapshot(f"{organisation}/{repository}", [glob.escape(file)])
+    with hub_errors(f"{name}: {_ABSENT}"):
+        folder = _snapshot(f"{organisation}/{repository}", [glob.escape(file)])
     if not (folder / file).is_file():
         raise InputError(f"{name}: not in the repository {organisation}/{repository}, or without a network not cached")
     return folder / file
@@ -83,7 +72,6 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     The registry knows the activation and preprocessing that the weights were trained with; they override the model's.
     """
     model, _, tag = name.partition(":")
-    guard_hub()
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     cfg: dict[str, Any] = get_pretrained_cfg(model, tag)
@@ -94,11 +82,9 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
             known = f"did you mean {model}:{near[0]}?"
         raise InputError(f"{name}: not in open_clip's registry; {known}")
     config = tagged(resolve_architecture(model), cfg)
-    try:
+    hint = f"; without a network, get the file elsewhere and give {model}:FILE"
+    with hub_errors(f"{name}: cannot be downloaded", hint):
         return Path(download_pretrained(cfg)), config
-    except Exception as error:
-        hint = f"without a network, get the file elsewhere and give {model}:FILE"
-        raise InputError(f"{name}: cannot be downloaded ({first_line(error)}); {hint}") from error
 
 
 def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:

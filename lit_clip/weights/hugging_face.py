@@ -30,8 +30,7 @@ from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights import hugging_face_forms as forms
-from lit_clip.weights import hugging_face_timm as on_timm
-from lit_clip.weights.hugging_face_encoders import (
+from lit_clip.weights.hugging_face_forms import (
     ACTIVATIONS,
     Converted,
     Folder,
@@ -119,7 +118,7 @@ def _clip(folder: Folder) -> Converted:
     if forms.FG_CLIP in folder.state:
         folder = forms.fg_clip_of_short_texts(folder)
     if PATCH_BIAS in folder.state:
-        return on_timm.eva_clip(folder)
+        return forms.eva_clip(folder)
     theirs = complete("CLIPConfig", folder.values)
     text = theirs.text_config
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
@@ -226,8 +225,8 @@ FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.j
     "aimv2": forms.aimv2_or_groupvit,
     "groupvit": forms.aimv2_or_groupvit,
     "align": forms.align,
-    "evaclip": on_timm.eva_clip,
-    "tipsv2": on_timm.tipsv2,
+    "evaclip": forms.eva_clip,
+    "tipsv2": forms.tipsv2,
 }
 
 
@@ -280,8 +279,7 @@ def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> d
     text = cast(TextTransformerConfig, config.text)
     if kind == "clip":
         image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}
-        act, eps = image.activation or config.activation, image.layer_norm_eps
-        image_encoder = _encoder(image.width, image.layers, image.heads, image.mlp_ratio, act, eps)
+        image_encoder = _encoder(vars(image), config.activation)
         grid, patch, text_projection = None, image.patch_size, projection
         tokens = {
             "bos_token_id": min(SOT_ID, text.vocab_size - 1),
@@ -291,11 +289,10 @@ def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> d
     else:
         image, projection = cast(TimmConfig, config.image), {}
         timms = timm_siglip(image.timm, **image.options)
-        sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
-        image_encoder = {"vision_use_head": True, **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS)}
+        sizes = {ours: timms[name] for name, ours in forms.TIMM_SIZES.items()} | {"layer_norm_eps": SIGLIP_EPS}
+        image_encoder = {"vision_use_head": True, **_encoder(sizes, config.activation)}
         grid, patch, text_projection = timms["grid"], timms["patch_size"], {"projection_size": config.embed_dim}
         tokens = {"bos_token_id": None, "eos_token_id": None}  # never read
-    text_act = text.activation or config.activation
     return {
         "model_type": kind,
         "architectures": [f"{library_name(kind)}Model"],
@@ -315,20 +312,17 @@ def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> d
             "max_position_embeddings": text.context_length,
             **text_projection,
             **tokens,
-            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, text_act, text.layer_norm_eps),
+            **_encoder(vars(text), config.activation),
         },
     }
 
 
-def _encoder(
-    width: int, layers: int, heads: int, mlp_ratio: float, activation: Activation, eps: float
-) -> dict[str, Any]:
+def _encoder(ours: Mapping[str, Any], activation: Activation) -> dict[str, Any]:
+    """Convert the sizes of an encoder's blocks; the ``activation`` is the architecture's, if it names no other."""
+    names = {name: theirs for theirs, name in ACTIVATIONS.items()}
     return {
-        "hidden_size": width,
-        "intermediate_size": int(width * mlp_ratio),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[activation],
-        "layer_norm_eps": eps,
+        **{theirs: ours[name] for name, theirs in forms.SIZES.items()},
+        "intermediate_size": int(ours["width"] * ours["mlp_ratio"]),
+        "hidden_act": names[ours["activation"] or activation],
         "attention_dropout": 0.0,
     }

@@ -106,11 +106,12 @@ def eva_pairs(layers: int) -> Iterator[Pair]:
     yield from blocks(_TIMM_BLOCK, "visual.trunk.blocks", "vision_model", layers)
 
 
-def same_pairs(names: Iterable[str], ours: str, theirs: str) -> Iterator[Pair]:
-    """Pair each name after the prefix ``theirs`` with the same name after ``ours``."""
-    for name in names:
-        if name.startswith(theirs) and not name.endswith(".position_ids"):
-            yield [ours + name.removeprefix(theirs)], [name], "same"
+def same_pairs(names: Iterable[str], prefixes: Mapping[str, str]) -> Iterator[Pair]:
+    """Pair each name after one of their prefixes with the same name after ours; ``prefixes`` has ours to theirs."""
+    for ours, theirs in prefixes.items():
+        for name in names:
+            if name.startswith(theirs) and not name.endswith(".position_ids"):
+                yield [ours + name.removeprefix(theirs)], [name], "same"
 
 
 def siglip_pairs(image_layers: int, text_layers: int, naflex: bool = False) -> Iterator[Pair]:

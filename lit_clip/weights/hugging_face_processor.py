@@ -192,10 +192,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
 
 def save_byte_pairs(folder: Path) -> None:
     """Write CLIP's vocabulary in the files that older transformers releases and other tools read."""
-    vocab, merges = byte_pairs()
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    byte_pair_tokenizer().model.save(str(folder))
 
 
 def save_sentence_transformers(folder: Path) -> None:

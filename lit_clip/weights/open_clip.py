@@ -14,6 +14,7 @@ from lit_clip.models.config import (
     height_width,
 )
 from lit_clip.models.custom import custom_encoders
+from lit_clip.models.open_clip_configs import POOLER, TEXT, TEXT_POOLERS, VISION
 
 
 def open_clip_model(model: CLIP) -> dict[str, Any]:
@@ -60,22 +61,18 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         }
     if not isinstance(image, VisionTransformerConfig):  # open_clip_model has refused those of your own
         raise InputError("open_clip has no image encoder of transformers; use onnx")
-    pooled = image.pool == "attention"
+    entries = VISION | (POOLER if image.pool == "attention" else {})
     activation = image.activation or model.config.activation
     tanh = {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
     usual = image.layer_norm_eps == VisionTransformerConfig.layer_norm_eps
     return {
         **size,
-        "layers": image.layers,
-        "width": image.width,
+        **{theirs: getattr(image, ours) for theirs, (ours, _) in entries.items()},
         "head_width": image.width // image.heads,
-        "mlp_ratio": image.mlp_ratio,
-        "patch_size": image.patch_size,
         **tanh,
         **({} if usual else {"norm_kwargs": {"eps": image.layer_norm_eps}}),
         **({} if image.ln_pre else {"no_ln_pre": True}),
         **_POOLS[image.pool],
-        **({"attn_pooler_queries": image.pool_queries, "attn_pooler_heads": image.pool_heads} if pooled else {}),
     }
 
 
@@ -94,7 +91,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
         kwargs = {"clean": text.tokenizer.clean, **stripped}
         values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": kwargs}
     if isinstance(text, HuggingFaceTextConfig):
-        poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+        poolers: dict[str, str] = {ours: theirs for theirs, ours in TEXT_POOLERS.items()}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
         known = text.projection in ("linear", "mlp") and not text.projection_bias
         require(known, f"open_clip has no projection {text.projection!r} after a Hugging Face encoder; use onnx")
@@ -107,11 +104,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
         }
     assert isinstance(text, TextTransformerConfig)
     values |= {
-        "vocab_size": text.vocab_size,
-        "width": text.width,
-        "heads": text.heads,
-        "layers": text.layers,
-        "mlp_ratio": text.mlp_ratio,
+        **{name: getattr(text, name) for name in TEXT},
         "norm_kwargs": {"eps": text.layer_norm_eps},
         "proj_type": "linear" if text.projection else "none",
         "proj_bias": text.projection_bias,

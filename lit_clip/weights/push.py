@@ -5,8 +5,6 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from rich.filesize import decimal
-
 from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.reading import first_line
 
@@ -33,16 +31,6 @@ class Repository(NamedTuple):
             ModelCard(card).validate()
         except Exception as error:  # of the hub, or of the library that speaks HTTP
             raise _refusal(self.name, error, "the hub refuses the model card", "nothing was written") from error
-
-    def plan(self, folder: Path) -> str:
-        """Return a line that says what will be uploaded, and its size."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
-        listing = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
-        replaced = len(self.files & sizes.keys())
-        note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
-        return f"uploading {decimal(sum(sizes.values()))} to {self.name} ({kind}): {listing}{note}"
 
 
 def find_repository(name: str, private: bool) -> Repository:

@@ -85,7 +85,7 @@ unmade = always._replace(inputs=lambda: st.just("a").map(lambda name: Input(name
 
 
 def _unguarded(folder: Path, given: Input) -> Iterator[str]:
-    with patch("lit_clip.weights.hub.guard_hub"):
+    with patch("lit_clip.tools.hub_client.guard_hub"):
         yield from remote.ask_hub(folder, given)
 
 

@@ -88,6 +88,8 @@ PATH = "tests.helpers.own_encoders"
         ("image", "Pair", {}, "forward returns a tuple; an image encoder"),
         ("image", "NeedsDepth", {}, "missing a required argument: 'depth'"),
         ("image", "Image", {"widht": 3}, "got an unexpected keyword argument 'widht'"),
+        ("image", "Image", {"embed_dim": 5}, r"init_args\.embed_dim 5 is not architecture\.embed_dim 4; leave it out"),
+        ("text", "Text", {"embed_dim": 5}, r"init_args\.embed_dim 5 is not architecture\.embed_dim 4; leave it out"),
         ("text", "Image", {}, "has the context_length None, at least 3; a text encoder"),
         ("text", "ShortTokens", {}, r"its tokenizer returns int64 \[2, 9\] for 2 texts; .* here 16"),
         ("text", "NameOfTokenizer", {}, "its tokenizer is a str, which cannot be called with texts"),

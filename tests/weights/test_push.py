@@ -86,9 +86,6 @@ def test_a_pushed_model_opens_by_name_with_the_same_features_and_in_the_library_
     for each, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(each, wanted, rtol=0, atol=1e-4)
     output = capsys.readouterr()
-    (plan,) = (line for line in output.err.splitlines() if line.startswith("uploading "))
-    sizes = [path.stat().st_size for path in (tmp_path / "out").iterdir()]
-    assert plan.startswith(f"uploading {sum(sizes) / 1e6:.1f} MB to us/tiny (new, private): README.md ")
     assert f"uploaded: {hub.url}/us/tiny" in output.out
 
 
@@ -109,9 +106,7 @@ def test_the_hub_shows_the_card_and_its_code_opens_the_model(hub: Hub, ours: CLI
 
 
 @pytest.mark.usefixtures("ours")
-def test_pushing_again_replaces_the_files_in_a_new_commit(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pushing_again_replaces_the_files_in_a_new_commit(hub: Hub, tmp_path: Path) -> None:
     push(tmp_path)
     first = hub.repositories["us/tiny"].branches["main"]
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "2"), push="us/tiny", license="mit")
@@ -119,7 +114,6 @@ def test_pushing_again_replaces_the_files_in_a_new_commit(
     assert repository.branches["main"] != first
     assert b"license: mit" in repository.commits[repository.branches["main"]]["README.md"]
     assert repository.commits[first].keys() == repository.commits[repository.branches["main"]].keys()
-    assert "3 of them in place of older ones" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ours")
