@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
+from lit_clip.embedding.encode import EncodingSettings, Finished, RowTask, check_complete, encode
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.embedding.reading import (
+    Batches,
     EncoderBatch,
     ImageBatches,
     ImageRows,
@@ -38,7 +40,6 @@ from ..pairs.findings import Finding
 from ..pairs.source import PairSource
 
 LEAK = np.dtype([("row", "i8"), ("query", "i4"), ("similarity", "f4")])  # NaN: the same look
-By = Literal["either", "embedding", "look"]
 TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
 
 
@@ -83,7 +84,7 @@ def _note(row: int, name: str, image: Image.Image) -> tuple[int, str, Look]:
     return row, name, look_of(image)
 
 
-class _ImageTask(EncodingTask):
+class _ImageTask(RowTask):
     def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
         features = encode_batch(batch, self.encode, device, batch_size)
         if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
@@ -101,14 +102,14 @@ def encode_images(
     model: CLIP, images: ImageRows, parts: Parts, settings: EncodingSettings, title: str, several: bool = False
 ) -> list[UnreadableRow]:
     """Encode the images that ``parts`` lack, one row at a time if it may have ``several``; return the unreadable."""
-    done = np.zeros(len(images), dtype=bool)
-    for part in parts.read(EncodedImages.of):
-        done[part.rows] = True
-    batches = remaining(len(images), 1 if several else settings.batch_size, done.__getitem__)
-    task = _ImageTask(
-        (), lambda batches, stop: ImageBatches(images, batches, model.preprocessing, _note, stop), image_features(model)
-    )
-    return compute(model, task, batches, parts, settings, title) or []
+
+    def read(batches: Batches, stop: Path | None) -> ImageBatches:
+        return ImageBatches(images, batches, model.preprocessing, _note, stop)
+
+    task = _ImageTask(range(len(images)), read, image_features(model), several, title=title)
+    bad = encode(model, task, parts, settings) or []
+    check_complete(len(images) - len(bad), len(images), bad, title)
+    return bad
 
 
 @dataclass
@@ -185,14 +186,13 @@ class SetFindings:
         return found
 
 
-def leaked_rows(sets: Mapping[str, SetFindings], by: By, source: PairSource) -> Iterator[Finding]:
+def leaked_rows(sets: Mapping[str, SetFindings], source: PairSource) -> Iterator[Finding]:
     """Yield a line for each training image that matches any image of a set, not only as its nearest."""
     leaks = [
         (row, number, query, similarity)
         for number, each in enumerate(sets.values())
         for part in each.searched.leaks
         for row, query, similarity in part.tolist()
-        if by != ("look" if similarity == similarity else "embedding")
     ]
     for row, found in groupby(sorted(leaks, key=itemgetter(0, 1, 2)), key=itemgetter(0)):
         line = Finding.of_row(row, source.key(row))
@@ -205,10 +205,10 @@ def leaked_rows(sets: Mapping[str, SetFindings], by: By, source: PairSource) -> 
         yield line
 
 
-def findings_of(images: ImageSet, searched: Searched, by: By, correct_N: Tensor | None) -> SetFindings:
+def findings_of(images: ImageSet, searched: Searched, correct_N: Tensor | None) -> SetFindings:
     """Decide which items of a set belong to the overlap.
 
-    ``by`` is the evidence that counts; ``correct_N``: whether the model recognises each item, None if unknown.
+    ``correct_N``: whether the model recognises each item, None if unknown.
     """
     items, starts = np.unique(searched.images.rows, return_index=True)
     similarities, rows = searched.nearest.similarity.cpu(), searched.nearest.row.cpu()
@@ -225,10 +225,9 @@ def findings_of(images: ImageSet, searched: Searched, by: By, correct_N: Tensor 
     looks_N = torch.tensor([pair is not None for pair in alike])
 
     def seen_from(limit: float) -> Tensor:
-        near_N = similarity_N >= limit
-        return {"either": near_N | looks_N, "embedding": near_N, "look": looks_N}[by]
+        return (similarity_N >= limit) | looks_N
 
-    limits = sorted({*TRIED, searched.threshold}, reverse=True) if by != "look" else []
+    limits = sorted({*TRIED, searched.threshold}, reverse=True)
     tried = [(limit, overlap_of(seen_from(limit), correct_N)) for limit in limits]
     seen_N = seen_from(searched.threshold)
     return SetFindings(images, searched, overlap_of(seen_N, correct_N), nearest, alike, seen_N.numpy(), tried)
