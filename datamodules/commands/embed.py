@@ -19,7 +19,14 @@ from lit_clip.embedding.encode import (
     text_task,
     work_on,
 )
-from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, write_features
+from lit_clip.embedding.feature_files import (
+    FeatureTable,
+    Identity,
+    StoredFeatures,
+    check_keys,
+    check_output,
+    write_features,
+)
 from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.index import combined
 from lit_clip.embedding.precision import check_precision
@@ -40,23 +47,13 @@ from .opened import Opened, open_data, readable_rows
 Fields = Literal["image", "caption", "image,caption"]
 
 
-class _Features(NamedTuple):
-    """Rows of a file of features."""
-
-    names: list[str]
-    features: np.ndarray  # float32 [N, D], of unit length
-    metadata: dict[str, str]
-    captions: list[str] | None = None
-    images: list[str] | None = None  # one of each thing
-
-
 class _Items(NamedTuple):
     """Items to encode, in tasks that a model makes, and the rows of the file from the features of these tasks."""
 
     content: str  # text, image, caption or image,caption
     keys: Sequence[str]  # sorted
     tasks: Callable[[CLIP], list[EncodingTask]]  # that of the keys is the last
-    rows: Callable[[CLIP, list[FeatureTable]], _Features]
+    rows: Callable[[CLIP, list[FeatureTable]], StoredFeatures]
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
     stamp: str = ""  # changes with the data as far as identities do not
     things: Sequence[str] = ()  # their names
@@ -115,7 +112,7 @@ def embed(
             return
         found = items.rows(work.model, tables)
         metadata = work.metadata | found.metadata | ({} if items.root is None else {"root": str(items.root)})
-        write_features(path, found.names, found.features, metadata, found.captions, found.images)
+        write_features(path, found.keys, found.features, metadata, found.captions or None, found.images or None)
         report_skipped(items.keys, tables[-1].unreadable, path.with_name(f"{path.name}.skipped.txt"))
         work.parts.remove()
     stderr().print(f"{path}: {found.features.shape[0]} rows of {found.features.shape[1]} numbers")
@@ -133,12 +130,12 @@ def _of_one_kind(
 ) -> _Items:
     """Return images or texts, each with a row of its own."""
 
-    def rows(model: CLIP, tables: list[FeatureTable]) -> _Features:
+    def rows(model: CLIP, tables: list[FeatureTable]) -> StoredFeatures:
         (table,) = tables
         scale = str(float(model.logit_scale.detach().exp()))  # for who learns from the features
-        texts = [captions[identity] for identity in table.identities] if captions else None
-        names, metadata = [key for key, _, _ in table.identities], {"logit_scale": scale, "content": content}
-        return _Features(names, table.features, metadata, texts)
+        texts = [captions[identity] for identity in table.identities] if captions else []
+        keys = [key for key, _, _ in table.identities]
+        return StoredFeatures(keys, table.features, texts, [], {"logit_scale": scale, "content": content})
 
     return _Items(content, [key for key, _, _ in identities], lambda model: [task(model)], rows, root, stamp)
 
@@ -236,7 +233,7 @@ def _things(opened: Opened, root: Path | None, on_error: OnError, text_weight: f
         captions = text_task(model, texts, [(text, 1, stable_hash(text)) for text in texts], "captions")
         return [captions, image_task(model, pairs, identities_of(keys, root), title="images")]
 
-    def features(_: CLIP, tables: list[FeatureTable]) -> _Features:
+    def features(_: CLIP, tables: list[FeatureTable]) -> StoredFeatures:
         of_text, table = tables
         image_rows = {key: row for row, (key, _, _) in enumerate(table.identities)}
         text_rows = {text: row for row, text in enumerate(texts)}
@@ -247,9 +244,9 @@ def _things(opened: Opened, root: Path | None, on_error: OnError, text_weight: f
         if len(names) < len(found):
             lost = plural(len(found) - len(names), "thing")
             stderr().print(f"{lost} left out: none of their images can be read")
-        shown = [found[name][0] for name in names] if grouped else None
+        shown = [found[name][0] for name in names] if grouped else []
         metadata = {"content": "image,caption", "text_weight": f"{text_weight:g}"}
-        return _Features(names, combined(image_ND, text_ND, text_weight).numpy(), metadata, images=shown)
+        return StoredFeatures(names, combined(image_ND, text_ND, text_weight).numpy(), [], shown, metadata)
 
     return _Items("image,caption", keys, tasks, features, root, opened.stamp(), list(images_of))
 

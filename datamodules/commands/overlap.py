@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import naming
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -50,8 +51,14 @@ from ..pairs.source import Columns, PairSource
 from .opened import open_data
 
 LISTED_BAD = 20
-ENCODING = Encoding(on_error="skip")
 OUTPUTS = (".findings.csv", ".html", ".json")
+
+
+@dataclass(frozen=True)
+class SkippingEncoding(Encoding):
+    """Options for encoding; by default the report counts images that cannot be read."""
+
+    on_error: OnError = "skip"
 
 
 def overlap(
@@ -67,7 +74,7 @@ def overlap(
     templates: list[str] = ["a photo of a {}."],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    encoding: Encoding = ENCODING,
+    encoding: SkippingEncoding = SkippingEncoding(),  # noqa: B008  # immutable
 ) -> None:
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 

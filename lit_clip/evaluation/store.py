@@ -141,28 +141,23 @@ class FeatureStore:
         title: str,
     ) -> None:
         """Make parts on all ranks and join them on the first; an error on one rank ends the work on all."""
-        error = None
+        error = unreadable = None
         try:
-            unreadable = self._encode(parts, work)
-            if unreadable is not None and distributed.rank_and_world()[0] == 0:
+            make_folder(parts.output.parent)
+            unreadable = work(parts)
+        except UnreadableError as raised:  # all ranks have ended
+            error = raised
+        except (InputError, OSError) as raised:
+            error = raised if isinstance(raised, InputError) else not_written(parts.output.parent, raised)
+            if distributed.rank_and_world()[1] > 1:  # the next set would make the ranks wait for each other
+                raise RuntimeError("a process has to leave the others") from error
+        try:
+            if unreadable is not None:
                 join(unreadable)
         except InputError as raised:
             error = raised
         if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
             raise error or InputError(f"{title}: see the error of another process")
-
-    def _encode(self, parts: Parts, work: Callable[[Parts], list[UnreadableRow] | None]) -> list[UnreadableRow] | None:
-        """Make the missing parts; see :func:`lit_clip.embedding.encode.encode`."""
-        try:
-            make_folder(parts.output.parent)
-            return work(parts)
-        except UnreadableError:  # all ranks have ended
-            raise
-        except (InputError, OSError) as error:
-            ours = error if isinstance(error, InputError) else not_written(parts.output.parent, error)
-            if distributed.rank_and_world()[1] > 1:  # the next set would make the ranks wait for each other
-                raise RuntimeError("a process has to leave the others") from ours
-            raise ours from error
 
     def _finished(self, path: Path, size: int) -> bool:
         """Return whether all features are stored, except for unreadable images that may be skipped."""
