@@ -130,7 +130,7 @@ def overlap(
             "skipped": dict(Counter(row.reason for row in unreadable)),
             "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
         }
-        report = _report(findings, described, figures)
+        report = _report(findings, described, figures, training.every)
         _write(path, report, findings, training.every, command if counts else "")
         remove(cache)
 
@@ -240,7 +240,9 @@ def _write(
         stderr().print(f"train on the rest: {command}")
 
 
-def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any]) -> dict[str, Any]:
+def _report(
+    judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any], source: PairSource
+) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
@@ -250,7 +252,7 @@ def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dic
             "p_value_bonferroni": p_value,
             "skipped": findings.searched.bad,
             "thresholds": [{"threshold": value, **asdict(other)} for value, other in findings.tried],
-            "pairs": findings.pairs(),
+            "pairs": findings.pairs(source),
         }
     return {
         "lit_clip": __version__,

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.embedding.encode import EncodingSettings, Finished, RowTask, check_complete, encode
-from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
+from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,
     EncoderBatch,
@@ -49,27 +49,25 @@ class EncodedImages(NamedTuple):
     rows: np.ndarray  # int64 [F], the row, or the item of a set, that each image belongs to; ascending
     features: np.ndarray  # float32 [F, D], of unit length
     looks: np.ndarray  # LOOK [F]
-    names: list[str]  # the user's names for the rows
 
     @classmethod
     def of(cls, arrays: Arrays) -> "EncodedImages":
         """Return the images of a finished part."""
-        return cls(arrays["rows"], arrays["features"], arrays["looks"], json_value(arrays["names"]))
+        return cls(arrays["rows"], arrays["features"], arrays["looks"])
 
     @classmethod
     def joined(cls, parts: Parts) -> "EncodedImages":
         """Return the images of all parts by row: one that was mended meanwhile is in a later part."""
-        found = list(parts.read(cls.of))
-        rows, features, looks, names = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        rows, features, looks = (np.concatenate(columns) for columns in zip(*parts.read(cls.of), strict=True))
         order = np.argsort(rows, kind="stable")
-        return cls(rows[order], features[order], looks[order], names[order].tolist())
+        return cls(rows[order], features[order], looks[order])
 
     def batches(self, batch_size: int) -> "Iterator[EncodedImages]":
         """Yield the images by batch, as they were encoded: resumed and whole runs multiply the same matrices."""
         ends = np.flatnonzero(np.diff(self.rows // batch_size)) + 1
         for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), len(self.rows)], strict=True):
             here = slice(start, stop)
-            yield EncodedImages(self.rows[here], self.features[here], self.looks[here], self.names[here])
+            yield EncodedImages(self.rows[here], self.features[here], self.looks[here])
 
 
 class SourceRows(SourcePairs):
@@ -92,10 +90,9 @@ class _ImageTask(RowTask):
         return features
 
     def part(self, finished: Finished) -> Arrays:
-        rows, names, looks = zip(*(note for batch, _ in finished for note in batch.notes), strict=True)
+        rows, _, looks = zip(*(note for batch, _ in finished for note in batch.notes), strict=True)
         features = np.concatenate([each for _, each in finished])
-        looks = np.array(list(looks), LOOK)
-        return {"rows": np.array(rows), "features": features, "looks": looks, "names": json_array(names)}
+        return {"rows": np.array(rows), "features": features, "looks": np.array(list(looks), LOOK)}
 
 
 def encode_images(
@@ -127,18 +124,12 @@ class Searched:
         self.features = torch.from_numpy(self.images.features).to(self.device)
         self.index = LookIndex(self.images.looks)
         self.nearest = nowhere(size, self.device)  # by features
-        self.names = [""] * size  # the user's names for the nearest
         self.look_rows = np.full(size, -1)  # the first training image with the same look, int64 [Q]; -1: none
-        self.look_names = [""] * size
 
     def add(self, training: EncodedImages) -> None:
         """Compare a batch of training images; batches come in the order of their rows."""
         features, rows = torch.from_numpy(training.features).to(self.device), training.rows.tolist()
-        after = nearer(self.nearest, self.features, features, torch.tensor(rows, device=self.device))
-        names = dict(zip(rows, training.names, strict=True))
-        for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
-            self.names[query] = names[int(after.row[query])]
-        self.nearest = after
+        self.nearest = nearer(self.nearest, self.features, features, torch.tensor(rows, device=self.device))
         near = nearest_of_set(self.features, features)
         seen = (near.similarity.double() >= self.threshold).nonzero()[:, 0].tolist()
         leaks = [(rows[at], int(near.row[at]), float(near.similarity[at])) for at in seen]
@@ -147,7 +138,7 @@ class Searched:
         for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
             first.setdefault(image, query)
             if self.look_rows[query] < 0:
-                self.look_rows[query], self.look_names[query] = rows[image], training.names[image]
+                self.look_rows[query] = rows[image]
         leaks += [(rows[image], query, np.nan) for image, query in first.items()]
         self.leaks.append(np.array(leaks, LEAK))
 
@@ -158,7 +149,6 @@ class OverlapPair(NamedTuple):
     item: int  # index in the evaluation set
     frame: int  # index among the item's images
     row: int  # of the training set; -1: none
-    name: str  # of the training image, as the user knows it
     similarity: float | None  # of the features; None if the pair was found by its look
 
 
@@ -174,14 +164,14 @@ class SetFindings:
     seen: np.ndarray  # whether each item belongs to the overlap, bool [N]
     tried: list[tuple[float, Overlap]]  # figures at other thresholds, the highest first
 
-    def pairs(self) -> list[dict[str, Any]]:
+    def pairs(self, source: PairSource) -> list[dict[str, Any]]:
         """Return the overlap as JSON values: names in both sets, and the evidence for each pair."""
         found = []
         for place in np.flatnonzero(self.seen).tolist():
             near, alike = self.nearest[place], self.alike[place]
             by_features = near.similarity is not None and near.similarity >= self.searched.threshold
             pair = near if by_features or alike is None else alike
-            names = {"image": self.images.key(pair.item), "train": pair.name}
+            names = {"image": self.images.key(pair.item), "train": source.row(pair.row).where}
             found.append({**names, "similarity": near.similarity, "same_look": alike is not None})
         return found
 
@@ -217,9 +207,9 @@ def findings_of(images: ImageSet, searched: Searched, correct_N: Tensor | None) 
     for item, start, stop in zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
         place = start + int(similarities[start:stop].argmax())
         similarity = float(similarities[place])
-        nearest.append(OverlapPair(item, place - start, int(rows[place]), searched.names[place], similarity))
+        nearest.append(OverlapPair(item, place - start, int(rows[place]), similarity))
         place = start + int((searched.look_rows[start:stop] >= 0).argmax())
-        pair = OverlapPair(item, place - start, int(searched.look_rows[place]), searched.look_names[place], None)
+        pair = OverlapPair(item, place - start, int(searched.look_rows[place]), None)
         alike.append(pair if pair.row >= 0 else None)
     similarity_N = torch.tensor([pair.similarity for pair in nearest], dtype=torch.float64)
     looks_N = torch.tensor([pair is not None for pair in alike])

@@ -239,7 +239,8 @@ def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConf
     assert judged.seen.tolist() == [False, True]
     pair = judged.alike[1]
     assert pair is not None
-    assert (pair.item, pair.frame, pair.row, pair.name) == (2, 1, 1, f"{source.path} row 3")
+    assert (pair.item, pair.frame, pair.row) == (2, 1, 1)
+    assert [each["train"] for each in judged.pairs(source)] == [f"{source.path} row 3"]
     nearest_of_second = judged.nearest[1]
     assert (nearest_of_second.frame, nearest_of_second.row) == (1, 1)
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
@@ -255,7 +256,6 @@ def test_an_image_that_is_mended_is_encoded_then_and_takes_its_place(tiny_config
     assert encoded(model, SourceRows(source), tmp_path / "training")[1] == []
     found = EncodedImages.joined(parts)
     assert found.rows.tolist() == [0, 1, 2, 3]
-    assert found.names == [f"{source.path} row {number}" for number in (2, 3, 4, 5)]
 
 
 def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
@@ -302,7 +302,6 @@ def test_an_interrupted_search_resumes_and_finds_the_same(
         compare(parts, videos)
         leaks = np.concatenate(videos.leaks).tolist()
         results.append((*map(torch.Tensor.tolist, videos.nearest), videos.look_rows.tolist(), repr(leaks)))
-        results[-1] += (videos.names, videos.look_names)
     assert results[0] == results[1]
 
 
