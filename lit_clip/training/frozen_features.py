@@ -99,7 +99,7 @@ class StoredTexts(NamedTuple):
         return found
 
     def of_text(self, text: str) -> Tensor:
-        """Return a teacher's features of a caption, whose hash is that of its text."""
+        """Return stored features of a caption by its text."""
         found = self.stored.read(self._rows(text_hashes([text])))
         assert found is not None, "checked before training"
         return found[0]
@@ -115,7 +115,10 @@ class StoredTexts(NamedTuple):
 
 
 class StoredTeacher(NamedTuple):
-    """Files of a teacher's features of training images and captions; no texts where captions are made up at random."""
+    """Stored features of training images and captions by a teacher.
+
+    ``texts`` is None for captions that are made up at random.
+    """
 
     name: str | None
     images: StoredRows
