@@ -14,10 +14,12 @@ from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_
 from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.stored_rows import ABSENT, StoredRows
+from lit_clip.tools.stored_rows import ABSENT
 from lit_clip.training.frozen_features import (
     Encoding,
+    StoredImages,
     StoredTeacher,
+    StoredTexts,
     Texts,
     my_share,
     open_rows,
@@ -91,31 +93,33 @@ class FrozenFeatures(Callback):
                 stored = open_rows(encoding, prefixes["image"], folder, rows.count, rows.identity)
                 wanted = my_share(stored)
                 store_images(encoding, prefixes["image"], stored, data.images_once(rows, wanted), len(wanted))
-            images = rows, stored, [_store_teacher(*each, encoding, folder, data, rows) for each in teachers.items()]
+            stored_teachers = [_store_teacher(*each, encoding, folder, data, rows) for each in teachers.items()]
+            images = StoredImages(rows, stored, stored_teachers)
         if "text" in prefixes:
             texts = _store_texts(encoding, prefixes["text"], folder, data.distinct_texts())
         distributed.barrier()
-        every = [images and images[1], texts and texts[1]]
-        for teacher in images[2] if images else ():
-            every += [teacher.images, teacher.texts and teacher.texts[1]]
+        every = [images and images.stored, texts and texts.stored]
+        for teacher in images.teachers if images else ():
+            every += [teacher.images, teacher.texts and teacher.texts.stored]
         for kept in every:
             require(kept is None or not np.any(kept.state() == ABSENT), f"{folder}: all machines must share it")
-        data.use_stored(images, texts)
+        data.stored_images, data.stored_texts = images, texts
         self._in_use = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         cast(LitCLIP, pl_module).model.frozen_prefixes = {}
         if self._in_use:
-            cast(Any, trainer).datamodule.use_stored(None, None)
+            data = cast(Any, trainer).datamodule
+            data.stored_images = data.stored_texts = None
             self._in_use = False
 
 
-def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: Texts) -> tuple[Any, StoredRows, int]:
-    """Encode the missing captions; return their hashes, the file, and the length of the longest caption."""
+def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: Texts) -> StoredTexts:
+    """Encode the missing captions."""
     identity, longest = hex_digest([texts.hashes.tobytes()]), texts.tokens.shape[1]
     stored = open_rows(encoding, prefix, folder, len(texts.hashes), identity, longest)
     store_texts(encoding, prefix, stored, texts, my_share(stored))
-    return texts.hashes, stored, longest
+    return StoredTexts(texts.hashes, stored, longest)
 
 
 def _store_teacher(
@@ -134,7 +138,7 @@ def _store_teacher(
     texts = None
     if data.lists_captions:
         found = data.distinct_texts(teacher.model.tokenizer)
-        texts = _store_texts(encoding, FrozenPrefix("text"), folder, found)[:2]
+        texts = _store_texts(encoding, FrozenPrefix("text"), folder, found)
         teacher.model.cpu()  # no longer needed
     return StoredTeacher(name, images, texts)
 
@@ -154,7 +158,7 @@ def _nothing_stored(model: CLIP, data: Any) -> str:
 def _refuse(trainer: Trainer, module: LightningModule) -> None:
     """Raise :class:`InputError` for settings that cannot train on stored activations."""
     data = cast(Any, trainer).datamodule
-    require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
+    require(hasattr(data, "stored_images"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
     several = getattr(getattr(data, "images", None), "per_thing", None) == "together"
     require(not several, "data.images.per_thing: together averages images anew; FrozenFeatures reads one or all")
     compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)

@@ -8,12 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.index import nearest_others
-from lit_clip.embedding.reading import ImageBatches, encode_batch, in_batches
+from lit_clip.embedding.reading import encoded_batches, in_batches
 from lit_clip.errors import require
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
-from lit_clip.tools.console import progress
-from lit_clip.tools.workers import loader
 from lit_clip.training.lightning.fsdp import whole_weights
 
 NEAREST = 32  # neighbours of an image
@@ -76,22 +74,12 @@ class HardBatches(Callback):
         """Encode the images on all ranks; the batches are the same for any number of ranks."""
         data, (rank, world) = cast(Any, trainer).datamodule, rank_and_world()
         images, found = data.neighbour_images(), []
+        settings = data.evaluation_batch_size, data.num_workers
         batches = in_batches(range(len(images)), data.evaluation_batch_size)[rank::world]
-
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
-            return module.model.encode_image(module.model.normalize(pixels), normalize=True).float()
-
-        with (
-            torch.no_grad(),
-            evaluation_mode(module),
-            whole_weights(module),
-            trainer.precision_plugin.forward_context(),
-            progress("encoding images for hard batches", sum(map(len, batches)), rank == 0) as advance,
-        ):
-            for batch in loader(ImageBatches(images, batches, module.preprocessing), data.num_workers):
-                features = encode_batch(batch, encode, module.device, data.evaluation_batch_size)
+        title = None if rank else "encoding images for hard batches"
+        with evaluation_mode(module), whole_weights(module), trainer.precision_plugin.forward_context():
+            for batch, features in encoded_batches(module.model, images, *settings, batches=batches, title=title):
                 found += zip(batch.rows, features.cpu().numpy(), strict=True)
-                advance(len(batch.rows) + len(batch.unreadable))
         every = sorted(gather_objects(found), key=lambda each: each[0])
         require(len(every) > 1, "HardBatches: fewer than two training images can be read")
         self._images = np.array([image for image, _ in every], dtype=np.int32)

@@ -15,13 +15,13 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.layers import tower_parameters
 from lit_clip.tools.hashing import hash64
-from lit_clip.training.frozen_features import Encoding, Texts, my_share, open_rows, store_texts
+from lit_clip.training.frozen_features import Encoding, StoredImages, Texts, my_share, open_rows, store_texts
 from lit_clip.weights.load import load_model
 from .caption_datamodule import CaptionDataModule
 from .captions import VALIDATION_SHARE
 from .open_source import open_source
 from .pairs.source import Columns, Derived, Pair, PairSource, Rows
-from .pairs.stored_features import DistinctImageRows, StoredImages, tokenized
+from .pairs.stored_features import DistinctImageRows, tokenized
 
 NO_IMAGES = "ParallelSentences: sentences have no images"
 

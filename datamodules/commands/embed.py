@@ -3,7 +3,7 @@
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,21 +13,25 @@ import torch
 from lit_clip.embedding.encode import (
     EncodingSettings,
     EncodingTask,
-    Work,
-    check_complete,
-    encode,
     features_of,
     image_task,
     report_skipped,
     text_task,
     work_on,
 )
-from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
+from lit_clip.embedding.feature_files import (
+    FeatureTable,
+    Identity,
+    StoredFeatures,
+    check_keys,
+    check_output,
+    write_features,
+)
 from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.index import combined
 from lit_clip.embedding.precision import check_precision
-from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
@@ -43,23 +47,13 @@ from .opened import Opened, open_data, readable_rows
 Fields = Literal["image", "caption", "image,caption"]
 
 
-class _Features(NamedTuple):
-    """Rows of a file of features."""
-
-    names: list[str]
-    features: np.ndarray  # float32 [N, D], of unit length
-    metadata: dict[str, str]
-    unreadable: Sequence[UnreadableRow]  # numbers of keys
-    captions: list[str] | None = None
-    images: list[str] | None = None  # one of each thing
-
-
 class _Items(NamedTuple):
-    """What is encoded, and how: all ranks call the function, and the first one alone gets features."""
+    """Items to encode, in tasks that a model makes, and the rows of the file from the features of these tasks."""
 
     content: str  # text, image, caption or image,caption
     keys: Sequence[str]  # sorted
-    encode: Callable[[Work], _Features | None]
+    tasks: Callable[[CLIP], list[EncodingTask]]  # that of the keys is the last
+    rows: Callable[[CLIP, list[FeatureTable]], StoredFeatures]
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
     stamp: str = ""  # changes with the data as far as identities do not
     things: Sequence[str] = ()  # their names
@@ -109,16 +103,17 @@ def embed(
     require(weighted, f"--text_weight {text_weight}: is for --fields image,caption")
     require(text_weight is None or 0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
     weight = 0.5 if text_weight is None else text_weight
-    items = _texts(Path(texts), settings) if texts else _items_of(given, fields, classes, keep, settings, weight)
+    items = _texts(Path(texts)) if texts else _items_of(given, fields, classes, keep, settings.on_error, weight)
     check_keys(path, [*items.things, *items.keys])
     encoders = {"image": ["image"], "image,caption": ["image", "text"]}.get(items.content, ["text"])
     with work_on(path, model, f"{items.content} {items.stamp}", settings, Share.typed(share), encoders) as work:
-        found = items.encode(work)
-        if found is None:
+        tables = features_of(work.model, items.tasks(work.model), work.parts, settings)
+        if not tables:
             return
+        found = items.rows(work.model, tables)
         metadata = work.metadata | found.metadata | ({} if items.root is None else {"root": str(items.root)})
-        write_features(path, found.names, found.features, metadata, found.captions, found.images)
-        report_skipped(items.keys, found.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        write_features(path, found.keys, found.features, metadata, found.captions or None, found.images or None)
+        report_skipped(items.keys, tables[-1].unreadable, path.with_name(f"{path.name}.skipped.txt"))
         work.parts.remove()
     stderr().print(f"{path}: {found.features.shape[0]} rows of {found.features.shape[1]} numbers")
     if "image" in encoders:
@@ -126,46 +121,34 @@ def embed(
 
 
 def _of_one_kind(
-    work: Work, task: EncodingTask, settings: EncodingSettings, content: str, captions: Mapping[Identity, str]
-) -> _Features | None:
-    """Encode images or texts, each by itself."""
-    table = features_of(work.model, task, work.parts, settings)
-    if table is None:
-        return None
-    scale = str(float(work.model.logit_scale.detach().exp()))  # for who learns from the features
-    texts = [captions[identity] for identity in table.identities] if captions else None
-    names, metadata = [key for key, _, _ in table.identities], {"logit_scale": scale, "content": content}
-    return _Features(names, table.features, metadata, table.unreadable, texts)
+    content: str,
+    identities: Sequence[Identity],
+    task: Callable[[CLIP], EncodingTask],
+    captions: Mapping[Identity, str] | None = None,
+    root: Path | None = None,
+    stamp: str = "",
+) -> _Items:
+    """Return images or texts, each with a row of its own."""
+
+    def rows(model: CLIP, tables: list[FeatureTable]) -> StoredFeatures:
+        (table,) = tables
+        scale = str(float(model.logit_scale.detach().exp()))  # for who learns from the features
+        texts = [captions[identity] for identity in table.identities] if captions else []
+        keys = [key for key, _, _ in table.identities]
+        return StoredFeatures(keys, table.features, texts, [], {"logit_scale": scale, "content": content})
+
+    return _Items(content, [key for key, _, _ in identities], lambda model: [task(model)], rows, root, stamp)
 
 
-def _texts(path: Path, settings: EncodingSettings) -> _Items:
+def _texts(path: Path) -> _Items:
     texts = sorted({line.strip() for line in read_text(path, "--texts").splitlines() if line.strip()})
     require(bool(texts), f"{path}: no text in this file; write one per line")
-    return _items_of_texts("text", {(text, 0, 0): text for text in texts}, settings)
+    identities = [(text, 0, 0) for text in texts]
+    return _of_one_kind("text", identities, lambda model: text_task(model, texts, identities))
 
 
-def _items_of_texts(content: str, texts: Mapping[Identity, str], settings: EncodingSettings, stamp: str = "") -> _Items:
-    identities = sorted(texts)
-    settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
-
-    def encode_texts(work: Work) -> _Features | None:
-        task = text_task(work.model, [texts[each] for each in identities], identities)
-        return _of_one_kind(work, task, settings, content, texts if content == "caption" else {})
-
-    return _Items(content, [key for key, _, _ in identities], encode_texts, stamp=stamp)
-
-
-def _items_of_images(
-    rows: FileRows | SourcePairs,
-    identities: Sequence[Identity],
-    settings: EncodingSettings,
-    root: Path | None,
-    stamp: str,
-) -> _Items:
-    def encode_images(work: Work) -> _Features | None:
-        return _of_one_kind(work, image_task(work.model, rows, identities), settings, "image", {})
-
-    return _Items("image", [key for key, _, _ in identities], encode_images, root, stamp)
+def _images(rows: FileRows | SourcePairs, identities: Sequence[Identity], root: Path | None, stamp: str = "") -> _Items:
+    return _of_one_kind("image", identities, lambda model: image_task(model, rows, identities), None, root, stamp)
 
 
 def _items_of(
@@ -173,28 +156,30 @@ def _items_of(
     fields: Fields,
     classes: Classes,
     keep: str | list[str] | None,
-    settings: EncodingSettings,
+    on_error: OnError,
     text_weight: float,
 ) -> _Items:
     """List image files, or open a source of pairs and list its images, captions or things."""
     pairs = [name for name in given.data if holds_pairs(name)]
     unset = given == DataOptions(given.data) and classes == Classes()
     if not pairs and fields == "image" and unset and keep is None:
-        files = find_images(given.data, settings.on_error)
-        return _items_of_images(FileRows(files), [file.identity for file in files], settings, Path(), "")
+        files = find_images(given.data, on_error)
+        return _images(FileRows(files), [file.identity for file in files], Path())
     if 0 < len(pairs) < len(given.data) and fields != "image,caption":
         other = next(name for name in given.data if name not in pairs)
         raise InputError(f"{other}: holds images, and {pairs[0]} pairs; embed them into separate files")
-    opened = open_data(given, settings.on_error, classes, keep, "train")
+    opened = open_data(given, on_error, classes, keep, "train")
     source, every = opened.pairs, opened.every
     root = every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
     if fields == "caption":
-        return _items_of_texts("caption", _captions_of(source, settings.on_error), settings, opened.stamp())
+        texts = dict(sorted(_captions_of(source, on_error).items()))
+        task = partial(text_task, texts=list(texts.values()), identities=list(texts))
+        return _of_one_kind("caption", list(texts), task, texts, stamp=opened.stamp())
     if fields == "image,caption":
-        return _things(opened, root, settings, text_weight)
-    rows = dict(sorted(_rows_of_images(source, settings.on_error).items()))
+        return _things(opened, root, on_error, text_weight)
+    rows = dict(sorted(_rows_of_images(source, on_error).items()))
     images = SourcePairs(source, list(rows.values()))
-    return _items_of_images(images, identities_of(list(rows), root), settings, root, opened.stamp())
+    return _images(images, identities_of(list(rows), root), root, opened.stamp())
 
 
 def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
@@ -223,7 +208,7 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
     return texts
 
 
-def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_weight: float) -> _Items:
+def _things(opened: Opened, root: Path | None, on_error: OnError, text_weight: float) -> _Items:
     """List things: groups, or else images with their captions.
 
     A thing's feature is the direction of ``text_weight`` times the mean of its captions' unit features, plus the rest
@@ -233,7 +218,7 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
     images_of, captions_of = defaultdict[str, dict[str, None]](dict), defaultdict[str, dict[str, None]](dict)
     rows: dict[str, int] = {}  # the first row of each image
     grouped = False
-    for row, key, captions, group in readable_rows(opened.pairs, settings.on_error):
+    for row, key, captions, group in readable_rows(opened.pairs, on_error):
         name = group.removeprefix(IMAGES_OF) or key
         images_of[name][key] = None
         captions_of[name] |= dict.fromkeys(captions)
@@ -242,17 +227,14 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
     keys = sorted(rows)
     texts = sorted({caption for captions in captions_of.values() for caption in captions})
 
-    def encode_things(work: Work) -> _Features | None:
+    def tasks(model: CLIP) -> list[EncodingTask]:
         pairs = SourcePairs(opened.pairs, [rows[key] for key in keys])
         # no image has such an identity, as its file has more than a byte
-        captions = text_task(work.model, texts, [(text, 1, stable_hash(text)) for text in texts])
-        encode(work.model, captions, work.parts, replace(settings, num_workers=0), title="captions")
-        images = image_task(work.model, pairs, identities_of(keys, root))
-        table = features_of(work.model, images, work.parts, settings, title="images")
-        if table is None:
-            return None
-        of_text = collect(captions.identities, work.parts.read(FeatureTable.of))
-        check_complete(len(of_text.identities), len(texts), [], "captions")
+        captions = text_task(model, texts, [(text, 1, stable_hash(text)) for text in texts], "captions")
+        return [captions, image_task(model, pairs, identities_of(keys, root), title="images")]
+
+    def features(_: CLIP, tables: list[FeatureTable]) -> StoredFeatures:
+        of_text, table = tables
         image_rows = {key: row for row, (key, _, _) in enumerate(table.identities)}
         text_rows = {text: row for row, text in enumerate(texts)}
         found = {name: [key for key in images_of[name] if key in image_rows] for name in sorted(images_of)}
@@ -262,12 +244,11 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
         if len(names) < len(found):
             lost = plural(len(found) - len(names), "thing")
             stderr().print(f"{lost} left out: none of their images can be read")
-        shown = [found[name][0] for name in names] if grouped else None
+        shown = [found[name][0] for name in names] if grouped else []
         metadata = {"content": "image,caption", "text_weight": f"{text_weight:g}"}
-        features = combined(image_ND, text_ND, text_weight).numpy()
-        return _Features(names, features, metadata, table.unreadable, images=shown)
+        return StoredFeatures(names, combined(image_ND, text_ND, text_weight).numpy(), [], shown, metadata)
 
-    return _Items("image,caption", keys, encode_things, root, opened.stamp(), list(images_of))
+    return _Items("image,caption", keys, tasks, features, root, opened.stamp(), list(images_of))
 
 
 def _means(features: np.ndarray, rows: Sequence[Sequence[int]]) -> torch.Tensor:

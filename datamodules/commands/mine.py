@@ -76,12 +76,12 @@ def _mined(
         first.setdefault(row.key, row.number)
     images: list[Identity] = [(key, 0, 0) for key in first]
     captions: list[Identity] = [(text, 0, 1) for text in texts.values()]  # no image has that time
-    task = image_task(clip, SourcePairs(source, list(first.values())), images)
-    image_table = features_of(clip, task, parts, settings, title="encoding images")
-    task = text_task(clip, list(texts.values()), captions)
-    text_table = features_of(clip, task, parts, settings, title="encoding captions")
-    if image_table is None or text_table is None:
+    of_images = image_task(clip, SourcePairs(source, list(first.values())), images, title="encoding images")
+    of_captions = text_task(clip, list(texts.values()), captions, title="encoding captions")
+    tables = features_of(clip, [of_images, of_captions], parts, settings)
+    if not tables:
         return None
+    image_table, text_table = tables
     keys = [key for key, _, _ in image_table.identities]
     own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
     own_of, other_of = [own[key] for key in keys], [other[key] for key in keys]

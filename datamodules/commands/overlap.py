@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,29 +15,29 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.encode import Encoding, EncodingSettings
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, row_means
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import naming
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from ..evaluation.own_classes import ImageFolderClasses
 from ..overlap.page import percent, points, write_overlap
 from ..overlap.search import (
-    By,
     EncodedImages,
     Searched,
     SetFindings,
@@ -54,6 +54,13 @@ LISTED_BAD = 20
 OUTPUTS = (".findings.csv", ".html", ".json")
 
 
+@dataclass(frozen=True)
+class SkippingEncoding(Encoding):
+    """Options for encoding; by default the report counts images that cannot be read."""
+
+    on_error: OnError = "skip"
+
+
 def overlap(
     evaluation: list[str],
     *,
@@ -63,19 +70,17 @@ def overlap(
     suite: list[str] | None = None,
     sets: list[str] | None = None,
     data_root: str = ".",
-    threshold: list[str] = ["0.95"],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
-    by: By = "either",
-    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # as above
+    threshold: float = 0.95,
+    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    precision: Precision = "32-true",
+    encoding: SkippingEncoding = SkippingEncoding(),  # noqa: B008  # immutable
 ) -> None:
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
-    The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
-    A hidden folder beside the output caches features; an interrupted run resumes from it.
+    The page shows pairs around the threshold, and the figures at others: look at them, and run the command again
+    with another threshold if need be.
+    The same command resumes an interrupted run.
 
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
@@ -86,41 +91,38 @@ def overlap(
         suite: YAML files of evaluation sets, or names of packaged ones.
         sets: names of sets of the suite; by default all that are on disk.
         data_root: folder of the suite's sets.
-        threshold: least cosine similarity of images that count as the same; a number for all sets, NAME=NUMBER for one.
-        by: evidence that images are the same: embedding, look (a hash that survives scaling and compression) or either.
+        threshold: least cosine similarity of images that count as the same. Images also do if they look the same, by a
+            hash that survives scaling and compression.
         templates: prompt templates with {} for the class name, for folders; sets of a suite have their own.
         columns: of a table of training pairs.
         split: of training data that come in splits.
-        batch_size: images encoded at once.
-        num_workers: number of data workers.
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        encoding: how images are read and encoded.
     """
     path = Path(output)
     require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
     require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
-    check_precision(precision)
-    settings = EncodingSettings(batch_size, num_workers, precision, "skip")
+    require(-1 <= threshold <= 1, f"--threshold {threshold}: must be between -1 and 1, as cosine similarities are")
+    check_precision(encoding.precision)
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
-    thresholds = read_thresholds(threshold, list(opened))
     for name, each in opened.items():  # class names that do not fit are refused before the training data are read
         with naming(name):
             _prompts(each)
     require(bool(train), "--train: name a table, a folder or shards")
     data = DataOptions(train, columns, split)
-    training = open_data(data)
+    training = open_data(data, encoding.on_error)
     outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
     with claimed(*outputs):
         clip = load_model(model)
-        described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
+        described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": encoding.precision}
         cache = path.with_name(f".{path.stem}.found")
-        stamp = [described["fingerprint"], precision, training.stamp(*outputs)]
-        searched, unreadable = _searched(clip, opened, thresholds, training.every, cache, stamp, settings)
+        stamp = [described["fingerprint"], encoding.precision, training.stamp(*outputs)]
+        searched, unreadable = _searched(clip, opened, threshold, training.every, cache, stamp, encoding)
         clip.to(best_device())
         findings = {}
         for name, each in opened.items():
-            correct = recognised(clip, each, searched[name].images, precision)
-            findings[name] = findings_of(each.images, searched[name], by, correct)
-        leaks = leaked_rows(findings, by, training.every)
+            correct = recognised(clip, each, searched[name].images, encoding.precision)
+            findings[name] = findings_of(each.images, searched[name], correct)
+        leaks = leaked_rows(findings, training.every)
         counts, command = write_findings(outputs[0], leaks, training.every, data)
         figures = {
             "data": train,
@@ -128,8 +130,9 @@ def overlap(
             "skipped": dict(Counter(row.reason for row in unreadable)),
             "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
         }
-        report = _report(findings, described, figures, by)
+        report = _report(findings, described, figures, training.every)
         _write(path, report, findings, training.every, command if counts else "")
+        remove(cache)
 
 
 class EvaluationSet(NamedTuple):
@@ -176,21 +179,6 @@ def _prompts(each: EvaluationSet) -> Prompts | None:
     return prompts_of_set(each.entry, images)
 
 
-def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`."""
-    found = dict.fromkeys(names, 0.95)
-    for word in sorted(words, key=lambda word: "=" in word):  # that for all sets first
-        name, _, value = word.rpartition("=")
-        require(not name or name in names, f"--threshold {word}: no set named {name}; there are {', '.join(names)}")
-        try:
-            number = float(value)
-        except ValueError as error:
-            raise InputError(f"--threshold {value}: must be a number") from error
-        require(-1 <= number <= 1, f"--threshold {value}: must be between -1 and 1, as cosine similarities are")
-        found |= {name: number} if name else dict.fromkeys(names, number)
-    return found
-
-
 def recognised(
     model: CLIP, each: EvaluationSet, encoded: EncodedImages, precision: Precision = "32-true"
 ) -> Tensor | None:
@@ -209,25 +197,23 @@ def recognised(
 def _searched(
     clip: CLIP,
     opened: Mapping[str, EvaluationSet],
-    thresholds: Mapping[str, float],
+    threshold: float,
     source: PairSource,
     cache: Path,
     stamp: Sequence[str],
-    settings: EncodingSettings,
+    encoding: Encoding,
 ) -> tuple[dict[str, Searched], list[UnreadableRow]]:
     """Encode all images that the ``cache`` lacks, compare them, and return the unreadable training images."""
     make_folder(cache)
-    device = best_device()
+    device, settings = best_device(), EncodingSettings(**vars(encoding))  # on one device
     searched = {}
     for name, each in opened.items():
         images, size = each.images, len(each.images)
         parts = _parts(cache, "set", *stamp[:2], type(images).__qualname__, images.stamp(), size)
-        bad = encode_images(clip, SetRows(images), parts, settings, name, images.several)
-        check_complete(size - len(bad), size, bad, f"images of {name}")
-        searched[name] = Searched(EncodedImages.joined(parts), [row.message for row in bad], thresholds[name], device)
+        bad = encode_images(clip, SetRows(images), parts, settings, f"images of {name}", images.several)
+        searched[name] = Searched(EncodedImages.joined(parts), [row.message for row in bad], threshold, device)
     parts = _parts(cache, "training", *stamp)
     unreadable = encode_images(clip, SourceRows(source), parts, settings, "training images")
-    check_complete(len(source) - len(unreadable), len(source), unreadable, "training images")
     for part in parts.read(EncodedImages.of):
         for batch in part.batches(settings.batch_size):
             for each in searched.values():
@@ -254,7 +240,9 @@ def _write(
         stderr().print(f"train on the rest: {command}")
 
 
-def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any], by: By) -> dict[str, Any]:
+def _report(
+    judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any], source: PairSource
+) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
@@ -264,14 +252,13 @@ def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dic
             "p_value_bonferroni": p_value,
             "skipped": findings.searched.bad,
             "thresholds": [{"threshold": value, **asdict(other)} for value, other in findings.tried],
-            "pairs": findings.pairs(),
+            "pairs": findings.pairs(source),
         }
     return {
         "lit_clip": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model,
         "train": train,
-        "by": by,
         "interval_confidence": CONFIDENCE,
         "sets": sets,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_clip.embedding.encode import EncodingSettings, check_complete, work_on
 from lit_clip.embedding.feature_files import check_output
-from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
+from lit_clip.embedding.pair_scores import in_order, score_pairs, scores_of
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import require
 from lit_clip.tools.claims import claimed
@@ -71,7 +71,7 @@ def score(
             unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
             if unreadable is None or parts.shared():
                 return
-            check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
+            check_complete(int(parts.rows(len(source)).sum()), len(source), unreadable, "rows")
             metadata |= {"data": json.dumps(given.data)}
             pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
             counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))

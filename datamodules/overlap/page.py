@@ -107,7 +107,9 @@ def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict
 
 def _shown(pair: OverlapPair, same: bool, findings: SetFindings, source: PairSource) -> dict[str, Any]:
     images: list[str | None] = [None, None]
+    name = ""
     try:
+        name = source.row(pair.row).where if pair.row >= 0 else ""
         images[0] = thumbnail(findings.images.images(pair.item)[pair.frame])
         if pair.row >= 0:
             stored = source.read(pair.row)
@@ -115,4 +117,4 @@ def _shown(pair: OverlapPair, same: bool, findings: SetFindings, source: PairSou
     except (InputError, IndexError):  # readable a moment ago
         pass
     label = "same look" if pair.similarity is None else f"{pair.similarity:.3f}"
-    return {"images": images, "label": label, "names": [findings.images.key(pair.item), pair.name], "same": same}
+    return {"images": images, "label": label, "names": [findings.images.key(pair.item), name], "same": same}

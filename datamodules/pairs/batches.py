@@ -14,11 +14,11 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
+from lit_clip.training.frozen_features import StoredImages, StoredTexts
 from ..loading.augmentation import TrainingTransform, seeded
 from ..loading.bad_samples import Skipped, split_skipped
 from ..loading.sampling import TrainingSample, sample_seed
 from .source import Pair, PairSource
-from .stored_features import StoredImages, StoredTexts
 
 
 class TrainingPairs(Dataset[Pair]):

@@ -7,17 +7,17 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.cache_folder import default_cache_dir
-from lit_clip.tools.hashing import hash64, hex_digest
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.augmentation import Augmentation, described_augmentation
@@ -26,7 +26,7 @@ from .source import CaptionOptions, Pair, PairSource
 
 if TYPE_CHECKING:
     from lit_clip.tools.stored_rows import StoredRows
-    from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
+    from lit_clip.training.frozen_features import ImageBatch, StoredImages, StoredTexts, Texts
 
 TOKENIZED_AT_ONCE = 4096
 
@@ -99,17 +99,6 @@ class ImageReader:
         return ImageBatch(np.array(list(images), np.int64), pixels, unusable)
 
 
-class StoredImages(NamedTuple):
-    """Files with the encoded images, and the file row of each sample.
-
-    ``stored`` are activations; None: none of the image encoder is frozen, and images are decoded.
-    """
-
-    rows: DistinctImageRows
-    stored: "StoredRows | None"
-    teachers: "Sequence[StoredTeacher]" = ()
-
-
 class StoredPairs(Dataset[Pair]):
     """Samples with stored activations, or with the images that a teacher saw; and the teachers' features.
 
@@ -118,7 +107,7 @@ class StoredPairs(Dataset[Pair]):
     """
 
     def __init__(
-        self, source: PairSource, images: StoredImages, seed: int, decoded: Dataset[Pair] | None = None
+        self, source: PairSource, images: "StoredImages", seed: int, decoded: Dataset[Pair] | None = None
     ) -> None:
         self.source = source
         self.images = images
@@ -150,9 +139,7 @@ class StoredPairs(Dataset[Pair]):
             extra = {**text.extra, **of_image}
             for teacher in teachers if rng else ():
                 if teacher.texts:
-                    hashes, stored_texts = teacher.texts
-                    (row,) = _rows_of(hashes, text_hashes([text.caption])).tolist()
-                    extra[stored_name(teacher.name, "text")] = stored_texts.read(row)  # checked before training
+                    extra[stored_name(teacher.name, "text")] = teacher.texts.of_text(text.caption)
             return text._replace(extra=extra, more=text.more and [taught(each) for each in text.more])
 
         return taught(text)._replace(image=image)
@@ -165,28 +152,6 @@ class StoredPairs(Dataset[Pair]):
         return found
 
 
-def text_hashes(texts: Sequence[str]) -> np.ndarray:
-    """Hash each text, int64 ``[N]``."""
-    return np.frombuffer(b"".join(map(hash64, texts)), dtype=np.int64)
-
-
-def _rows_of(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    rows = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-    if not np.array_equal(hashes[rows], wanted):
-        raise InputError(
-            "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
-            "the text encoder, or remove the callback"
-        )
-    return rows
-
-
-def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Hash each text's tokens, int64 ``[N]``."""
-    rows = tokens.numpy()
-    found = [hash64(rows[row, :length].tobytes()) for row, length in enumerate(lengths)]
-    return np.frombuffer(b"".join(found), dtype=np.int64)
-
-
 def tokenized(tokenize: TextTokenizer, texts: Sequence[str]) -> tuple[Tensor, np.ndarray]:
     """Return padded tokens, int64 ``[N, context length]``, and the texts' lengths."""
     starts = range(0, len(texts), TOKENIZED_AT_ONCE)
@@ -194,35 +159,17 @@ def tokenized(tokenize: TextTokenizer, texts: Sequence[str]) -> tuple[Tensor, np
     return tokens, tokenize.lengths(tokens).numpy()
 
 
-class StoredTexts(NamedTuple):
-    """A file of stored activations of captions."""
-
-    hashes: np.ndarray  # of the tokens of each row, int64 ascending
-    stored: "StoredRows"
-    longest: int  # tokens of the longest caption; a row may also have entries for a class token and padding
-
-    @property
-    def nothing(self) -> Tensor:
-        shape = self.stored.shape
-        return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
-
-    def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        rows, shape = _rows_of(self.hashes, token_hashes(tokens, lengths)), self.stored.shape
-        found = self.stored.read(rows, max(lengths) + shape[0] - self.longest if len(shape) == 2 else None)
-        assert found is not None, "checked before training"
-        return found
-
-
 class WithStoredFeatures:
     """The part of a data module that replaces images and captions by stored activations.
 
     :class:`callbacks.FrozenFeatures` asks for every image and caption of ``fit``, encodes what is not stored yet, and
-    calls :meth:`use_stored`. Sources with ``lists_captions`` list every caption that they draw; only those are stored.
+    sets ``stored_images`` and ``stored_texts``. Sources with ``lists_captions`` list every caption that they draw; only
+    those are stored.
     """
 
     lists_captions = True
-    stored_images: StoredImages | None = None
-    stored_texts: StoredTexts | None = None
+    stored_images: "StoredImages | None" = None
+    stored_texts: "StoredTexts | None" = None
     train_source: PairSource | None
     val_source: PairSource | None
     augmentation: Augmentation | list[Any]
@@ -281,6 +228,8 @@ class WithStoredFeatures:
 
         With a teacher's tokenizer, every training caption, equal texts once.
         """
+        from lit_clip.training.frozen_features import Texts, text_hashes, token_hashes
+
         sources = self._fit_sources[:1] if teachers else self._fit_sources
         captions: dict[str, None] = {}
         for source in sources:
@@ -290,15 +239,4 @@ class WithStoredFeatures:
         tokens, lengths = tokenized(teachers or self.tokenize, list(captions))
         hashes = text_hashes(list(captions)) if teachers else token_hashes(tokens, lengths)
         hashes, kept = np.unique(hashes, return_index=True)
-        from lit_clip.training.frozen_features import Texts
-
         return Texts(tokens[torch.from_numpy(kept), : int(lengths.max())], lengths[kept], hashes)
-
-    def use_stored(
-        self,
-        images: "tuple[DistinctImageRows, StoredRows | None, Sequence[StoredTeacher]] | None",
-        texts: "tuple[np.ndarray, StoredRows, int] | None",
-    ) -> None:
-        """Make batches of stored data: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
-        self.stored_images = images and StoredImages(*images)
-        self.stored_texts = texts and StoredTexts(*texts)

@@ -111,6 +111,13 @@ class EncodingTask:
     encode: Encode  # inputs on the device -> features
     several: bool = False  # whether an item may have many images; then it is a batch of its own
     must_be_finite: bool = True  # whether NaN or infinite features end the run; evaluations report them
+    of_texts: bool = False  # tokenizing is not worth a process
+    title: str = "encoding"
+
+    def finished(self, parts: Parts) -> Callable[[int], bool]:
+        """Return a function that says whether an item is in the parts."""
+        known = {identity for table in parts.read(FeatureTable.of) for identity in table.identities}
+        return lambda row: self.identities[row] in known
 
     def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
         """Return the features of a batch of N rows, ``[N, ...]``."""
@@ -125,23 +132,41 @@ class EncodingTask:
         return FeatureTable(identities, np.concatenate([features for _, features in finished])).arrays()
 
 
+@dataclass(frozen=True)
+class RowTask(EncodingTask):
+    """Rows to encode, found again by their numbers: a byte of memory each. The parts have the array ``rows``."""
+
+    identities: Sequence[int]  # a range  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def finished(self, parts: Parts) -> Callable[[int], bool]:
+        return parts.rows(len(self.identities)).__getitem__
+
+
 def image_task(
-    model: CLIP, images: ImageRows, identities: Sequence[Identity], features: Callable[[CLIP], Encode] = image_features
+    model: CLIP,
+    images: ImageRows,
+    identities: Sequence[Identity],
+    features: Callable[[CLIP], Encode] = image_features,
+    title: str = "encoding",
 ) -> EncodingTask:
     """Create the task of encoding images with distinct identities, by default as unit features."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(images, batches, model.preprocessing, stop=stop)
 
-    return EncodingTask(identities, read, features(model))
+    return EncodingTask(identities, read, features(model), title=title)
 
 
-def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity]) -> EncodingTask:
+def text_task(
+    model: CLIP, texts: Sequence[str], identities: Sequence[Identity], title: str = "encoding"
+) -> EncodingTask:
     """Create the task of encoding texts with distinct identities as unit features."""
     return EncodingTask(
         identities,
         lambda batches, _: Mapped(partial(text_batch, texts, model.tokenizer), batches),
         lambda tokens: model.encode_text(tokens, normalize=True).float(),
+        of_texts=True,
+        title=title,
     )
 
 
@@ -188,39 +213,78 @@ def encode(
     parts: Parts,
     settings: EncodingSettings,
     known: Container[Identity] = (),
-    title: str = "encoding",
 ) -> list[UnreadableRow] | None:
-    """Encode into ``parts`` all items that are neither there nor ``known``; see :func:`compute`."""
-    identities = task.identities
-    finished = {identity for table in parts.read(FeatureTable.of) for identity in table.identities}
+    """Encode into ``parts`` all items that are neither there nor ``known``; an interruption keeps the finished ones.
+
+    Returns:
+        On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
+    """
+    identities, finished = task.identities, task.finished(parts)
     batches = remaining(
         len(identities),
         1 if task.several else settings.batch_size,
-        lambda row: identities[row] in finished or identities[row] in known,
+        lambda row: finished(row) or identities[row] in known,
         parts.share,
     )
-    return compute(model, task, batches, parts, settings, title)
+    device = start_processes(settings)
+    rank, world = distributed.rank_and_world()
+    if batches and not rank:
+        parts.start()
+    distributed.barrier()  # all have looked into the parts, which the first one may remove if no batch is left
+    model.to(device).eval()
+    mine = batches[rank::world]
+    bar = f"{task.title} (process 1 of {world})" if world > 1 else task.title
+    workers = 0 if task.of_texts else settings.workers
+    unreadable: list[UnreadableRow] = []
+    try:
+        with parts.written(task.part) as keep, progress(bar, sum(map(len, mine)), enabled=not rank) as advance:
+            for batch in loader(task.read(mine, parts.stop), workers, device.type == "cuda"):
+                with torch.inference_mode(), autocast(device, settings.precision):
+                    outputs = task.step(batch, device, settings.batch_size)
+                if batch.rows:  # the width of an empty batch's features is unknown
+                    keep((batch._replace(inputs=None, texts=None), outputs.cpu().numpy()), batch.rows[0])
+                unreadable += batch.unreadable
+                if batch.unreadable and settings.on_error == "error":
+                    parts.stop.touch()
+                advance(len(batch.rows) + len(batch.unreadable))
+    except KeyboardInterrupt:
+        if rank:
+            sys.exit(1)
+        raise KeyboardInterrupt("what is finished is kept; run the same command again to resume") from None
+    finally:
+        model.cpu()
+    unreadable = sorted(distributed.gather_objects(unreadable))  # every rank has written its last part
+    if rank:
+        return None
+    if unreadable and settings.on_error == "error":
+        parts.end()
+        raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
+    return unreadable
 
 
 def features_of(
     model: CLIP,
-    task: EncodingTask,
+    tasks: Sequence[EncodingTask],
     parts: Parts,
     settings: EncodingSettings,
     known: FeatureTable | None = None,
-    title: str = "encoding",
-) -> FeatureTable | None:
-    """Return the features of a task's items; encode items that are neither in ``parts`` nor ``known``.
+) -> list[FeatureTable]:
+    """Return the features of each task's items; encode items that are neither in ``parts`` nor ``known``.
 
-    All ranks call this. The first one alone gets the table, without the items that could not be read, and not for a
-    share of the work: the parts are kept then.
+    All ranks call this. The first one alone gets tables, without the items that could not be read, and not for a
+    share of the work: the parts are kept then. Otherwise the list is empty.
     """
-    unreadable = encode(model, task, parts, settings, set(known.identities) if known else (), title)
-    if unreadable is None or parts.shared():
-        return None
-    table = collect(task.identities, [*([known] if known else []), *parts.read(FeatureTable.of)])
-    check_complete(len(table.identities), len(task.identities), unreadable)
-    return replace(table, unreadable=unreadable)
+    found = [encode(model, task, parts, settings, set(known.identities) if known else ()) for task in tasks]
+    if None in found or parts.shared():
+        return []
+    tables = []
+    for task, unreadable in zip(tasks, found, strict=True):
+        table = collect(task.identities, [*([known] if known else []), *parts.read(FeatureTable.of)])
+        check_complete(
+            len(table.identities), len(task.identities), unreadable or (), "texts" if task.of_texts else "images"
+        )
+        tables.append(replace(table, unreadable=unreadable or ()))
+    return tables
 
 
 class Work(NamedTuple):
@@ -252,49 +316,6 @@ def work_on(
             stderr().print(f"{output}: begun with another model, data, precision or version; begun again")
         made_by = {f"{name}_sha256": digests[name] for name in ("model", *encoders)}
         yield Work(clip, parts, {"model": model, **made_by, "precision": settings.precision, "lit_clip": __version__})
-
-
-def compute(
-    model: CLIP, task: EncodingTask, batches: Batches, parts: Parts, settings: EncodingSettings, title: str
-) -> list[UnreadableRow] | None:
-    """Encode batches into ``parts``; an interruption keeps the finished ones.
-
-    Returns:
-        On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
-    """
-    device = start_processes(settings)
-    rank, world = distributed.rank_and_world()
-    if batches and not rank:
-        parts.start()
-    distributed.barrier()  # all have looked into the parts, which the first one may remove if no batch is left
-    model.to(device).eval()
-    mine = batches[rank::world]
-    bar = f"{title} (process 1 of {world})" if world > 1 else title
-    unreadable: list[UnreadableRow] = []
-    try:
-        with parts.written(task.part) as keep, progress(bar, sum(map(len, mine)), enabled=not rank) as advance:
-            for batch in loader(task.read(mine, parts.stop), settings.workers, device.type == "cuda"):
-                with torch.inference_mode(), autocast(device, settings.precision):
-                    outputs = task.step(batch, device, settings.batch_size)
-                if batch.rows:  # the width of an empty batch's features is unknown
-                    keep((batch._replace(inputs=None, texts=None), outputs.cpu().numpy()), batch.rows[0])
-                unreadable += batch.unreadable
-                if batch.unreadable and settings.on_error == "error":
-                    parts.stop.touch()
-                advance(len(batch.rows) + len(batch.unreadable))
-    except KeyboardInterrupt:
-        if rank:
-            sys.exit(1)
-        raise KeyboardInterrupt("what is finished is kept; run the same command again to resume") from None
-    finally:
-        model.cpu()
-    unreadable = sorted(distributed.gather_objects(unreadable))  # every rank has written its last part
-    if rank:
-        return None
-    if unreadable and settings.on_error == "error":
-        parts.end()
-        raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
-    return unreadable
 
 
 def start_processes(settings: EncodingSettings) -> torch.device:

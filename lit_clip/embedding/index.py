@@ -61,8 +61,7 @@ def update_index(
         stderr().print(f"index {path}: {len(missing):,} of {len(files):,} images are new or changed")
         kind = features_of_both_kinds if both_kinds else image_features
         task, parts = image_task(model, FileRows(files), [file.identity for file in files], kind), Parts(path, name)
-        table = features_of(model, task, parts, settings, old)
-        assert table is not None  # one process
+        (table,) = features_of(model, [task], parts, settings, old)  # one process
         save_arrays(path, name, table.arrays())
         keys = [file.key for file in files]
         report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
+from lit_clip.embedding.encode import EncodingSettings, Finished, RowTask, encode
 from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,
@@ -81,7 +81,7 @@ def _texts_of(tokenizer: TextTokenizer, notes: Sequence[_Note]) -> _Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairTask(EncodingTask):
+class PairTask(RowTask):
     """Pairs to score; a part is a table with the columns ``SCORES``, stored as the bytes of a parquet file."""
 
     model: CLIP
@@ -116,20 +116,20 @@ class PairTask(EncodingTask):
         }
         file = io.BytesIO()
         pq.write_table(pa.table(columns, SCORES), file)
-        return {"table": np.frombuffer(file.getvalue(), dtype=np.uint8)}
+        rows = [row for batch, _ in finished for row in batch.rows]
+        return {"rows": np.array(rows), "table": np.frombuffer(file.getvalue(), dtype=np.uint8)}
 
 
 def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
-    """Score all rows that ``parts`` lacks; see :func:`lit_clip.embedding.encode.compute`."""
+    """Score all rows that ``parts`` lacks; see :func:`lit_clip.embedding.encode.encode`."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         note, texts = partial(_note_of, pairs), partial(_texts_of, model.tokenizer)
         return ImageBatches(pairs, batches, model.preprocessing, note, stop, texts)
 
-    done = scored_rows(parts, len(pairs))
-    batches = remaining(len(pairs), settings.batch_size, done.__getitem__, parts.share)
-    task = PairTask((), read, image_features(model), must_be_finite=settings.on_error == "error", model=model)
-    return compute(model, task, batches, parts, settings, "scoring")
+    finite = settings.on_error == "error"
+    task = PairTask(range(len(pairs)), read, image_features(model), must_be_finite=finite, title="scoring", model=model)
+    return encode(model, task, parts, settings)
 
 
 def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
@@ -139,14 +139,6 @@ def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
         return pq.read_table(pa.BufferReader(arrays["table"]), columns=schema.names).cast(schema)
 
     return parts.read(read)
-
-
-def scored_rows(parts: Parts, rows: int) -> np.ndarray:
-    """Return which of N rows have been encoded, bool ``[N]``."""
-    done = np.zeros(rows, dtype=bool)
-    for table in _tables(parts, "row"):
-        done[table["row"].to_numpy()] = True
-    return done
 
 
 def scores_of(parts: Parts) -> np.ndarray:

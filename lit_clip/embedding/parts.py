@@ -119,6 +119,13 @@ class Parts:
             if part is not None:
                 yield part
 
+    def rows(self, number: int) -> np.ndarray:
+        """Return which of N rows the parts have by their array ``rows``, bool ``[N]``."""
+        done = np.zeros(number, dtype=bool)
+        for rows in self.read(lambda arrays: arrays["rows"]):
+            done[rows] = True
+        return done
+
     def shared(self) -> bool:
         """End a run that makes only a share: keep its parts, and print how to join them; False for all parts."""
         if self.share == Share():

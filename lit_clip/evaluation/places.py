@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_clip.embedding.encode import EncodingTask, Finished
+from lit_clip.embedding.encode import Finished, RowTask
 from lit_clip.embedding.parts import Arrays
 from lit_clip.embedding.reading import Batches, EncoderBatch, ImageBatches
 from lit_clip.errors import InputError, require
@@ -153,7 +153,7 @@ def _resized(image: Image.Image, window: Window, filter: Image.Resampling) -> Im
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceTask(EncodingTask):
+class PlaceTask(RowTask):
     """Record images; a part is a table of rows, and of records with their rows."""
 
     record: Callable[[Tensor, Any], Tensor]
@@ -184,7 +184,7 @@ def place_task(model: CLIP, images: ImageSet, texts: PlaceTexts, recorder: Recor
         return _WholeImages(images, batches, model.preprocessing, window, recorder.truth, stop)
 
     return PlaceTask(
-        [(str(row), 0, 0) for row in range(len(images))],
+        range(len(images)),
         read,
         lambda pixels: window_cosines(model, pixels, texts.features, window),
         several=True,

@@ -55,14 +55,14 @@ class SetRows:
             raise unreadable_image(error, key) from error
 
 
-def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
+def set_task(model: CLIP, images: ImageSet, title: str = "encoding") -> EncodingTask:
     """Create the task of encoding a set: features before and after the projection (unit length), ``[N, W + D]``."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)
 
     rows = [(str(row), 0, 0) for row in range(len(images))]
-    return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False)
+    return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False, title=title)
 
 
 class SetFeatures(NamedTuple):

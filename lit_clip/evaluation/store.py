@@ -6,6 +6,7 @@ Shapes: N images that could be read, W features before the projection, D after i
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import EncodingSettings, UnreadableError, compute, encode, remaining
+from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.image_files import image_file
 from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
@@ -90,13 +91,13 @@ class FeatureStore:
         path, first = self.path(images), distributed.rank_and_world()[0] == 0
         hashes = _hashes_of_files(images) if first else np.zeros(0)
         if distributed.maximum(int(not self._finished(path, len(images)))):
-            task = set_task(self.model, images)
+            task = set_task(self.model, images, title)
 
             def encode_set(parts: Parts) -> list[UnreadableRow] | None:
                 if first:
                     self._take_over(hashes, parts, title)
                 distributed.maximum(0)  # wait for it
-                return encode(self.model, task, parts, self.settings, title=title)
+                return encode(self.model, task, parts, self.settings)
 
             self._share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
         if first:
@@ -126,9 +127,7 @@ class FeatureStore:
             return known
 
         def record(parts: Parts) -> list[UnreadableRow] | None:
-            done = {row for arrays in parts.read(dict) for row in arrays["rows"].tolist()}
-            batches = remaining(len(images), 1, done.__contains__)
-            return compute(self.model, task, batches, parts, self.settings, title)
+            return encode(self.model, replace(task, title=title), parts, self.settings)
 
         parts = Parts(path, f"{self.settings_text} {key}")
         self._share(parts, record, partial(_join_records, parts, images, self.settings_text), title)
@@ -142,28 +141,23 @@ class FeatureStore:
         title: str,
     ) -> None:
         """Make parts on all ranks and join them on the first; an error on one rank ends the work on all."""
-        error = None
+        error = unreadable = None
         try:
-            unreadable = self._encode(parts, work)
-            if unreadable is not None and distributed.rank_and_world()[0] == 0:
+            make_folder(parts.output.parent)
+            unreadable = work(parts)
+        except UnreadableError as raised:  # all ranks have ended
+            error = raised
+        except (InputError, OSError) as raised:
+            error = raised if isinstance(raised, InputError) else not_written(parts.output.parent, raised)
+            if distributed.rank_and_world()[1] > 1:  # the next set would make the ranks wait for each other
+                raise RuntimeError("a process has to leave the others") from error
+        try:
+            if unreadable is not None:
                 join(unreadable)
         except InputError as raised:
             error = raised
         if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
             raise error or InputError(f"{title}: see the error of another process")
-
-    def _encode(self, parts: Parts, work: Callable[[Parts], list[UnreadableRow] | None]) -> list[UnreadableRow] | None:
-        """Make the missing parts; see :func:`lit_clip.embedding.encode.encode`."""
-        try:
-            make_folder(parts.output.parent)
-            return work(parts)
-        except UnreadableError:  # all ranks have ended
-            raise
-        except (InputError, OSError) as error:
-            ours = error if isinstance(error, InputError) else not_written(parts.output.parent, error)
-            if distributed.rank_and_world()[1] > 1:  # the next set would make the ranks wait for each other
-                raise RuntimeError("a process has to leave the others") from ours
-            raise ours from error
 
     def _finished(self, path: Path, size: int) -> bool:
         """Return whether all features are stored, except for unreadable images that may be skipped."""

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from lit_clip.distributed import barrier, rank_and_world
+from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import described
 from lit_clip.models.finetuning import frozen_modules
 from lit_clip.models.frozen_prefix import FrozenPrefix, frozen_activations, sample_inputs
 from lit_clip.models.layers import tower_parameters
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
 from lit_clip.weights.fingerprint import tensors_sha256
 
@@ -66,15 +67,73 @@ class ImageBatch(NamedTuple):
     unusable: list[int]
 
 
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Hash each text, int64 ``[N]``."""
+    return np.frombuffer(b"".join(map(hash64, texts)), dtype=np.int64)
+
+
+def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Hash each text's tokens, int64 ``[N]``."""
+    rows = tokens.numpy()
+    found = [hash64(rows[row, :length].tobytes()) for row, length in enumerate(lengths)]
+    return np.frombuffer(b"".join(found), dtype=np.int64)
+
+
+class StoredTexts(NamedTuple):
+    """A file of stored activations of captions."""
+
+    hashes: np.ndarray  # of the tokens of each row, or for a teacher of the text, int64 ascending
+    stored: StoredRows
+    longest: int  # tokens of the longest caption; a row may also have entries for a class token and padding
+
+    @property
+    def nothing(self) -> Tensor:
+        shape = self.stored.shape
+        return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
+
+    def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the activations of captions ``[N, ...]``."""
+        rows, shape = self._rows(token_hashes(tokens, lengths)), self.stored.shape
+        found = self.stored.read(rows, max(lengths) + shape[0] - self.longest if len(shape) == 2 else None)
+        assert found is not None, "checked before training"
+        return found
+
+    def of_text(self, text: str) -> Tensor:
+        """Return stored features of a caption by its text."""
+        found = self.stored.read(self._rows(text_hashes([text])))
+        assert found is not None, "checked before training"
+        return found[0]
+
+    def _rows(self, wanted: np.ndarray) -> np.ndarray:
+        rows = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
+        if not np.array_equal(self.hashes[rows], wanted):
+            raise InputError(
+                "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
+                "the text encoder, or remove the callback"
+            )
+        return rows
+
+
 class StoredTeacher(NamedTuple):
-    """Files of a teacher's features of training images and captions, and hashes of the captions' texts.
+    """Stored features of training images and captions by a teacher.
 
     ``texts`` is None for captions that are made up at random.
     """
 
     name: str | None
     images: StoredRows
-    texts: tuple[np.ndarray, StoredRows] | None
+    texts: StoredTexts | None
+
+
+class StoredImages(NamedTuple):
+    """Files with the encoded images, and the file row of each sample.
+
+    ``stored`` are activations; None: none of the image encoder is frozen, and images are decoded.
+    """
+
+    rows: Any  # datamodules.pairs.stored_features.DistinctImageRows
+    stored: StoredRows | None
+    teachers: Sequence[StoredTeacher] = ()
 
 
 def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:

@@ -105,13 +105,13 @@ def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> Non
 def test_records_are_kept_until_a_mask_or_a_name_changes(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate("--sets", "masks")["sets"]["masks"]["tasks"]
     computed: list[str] = []
-    compute = store.compute
+    encode = store.encode
 
-    def counted(*given: Any) -> Any:
-        computed.append(given[-1])
-        return compute(*given)
+    def counted(model: Any, task: Any, *more: Any) -> Any:
+        computed.append(task.title)
+        return encode(model, task, *more)
 
-    monkeypatch.setattr(store, "compute", counted)
+    monkeypatch.setattr(store, "encode", counted)
     assert evaluate("--sets", "masks")["sets"]["masks"]["tasks"] == first
     assert computed == []
     write_mask(places / "data/ADEChallengeData2016/annotations/validation/0.png", [1])

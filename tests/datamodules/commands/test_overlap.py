@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.stats import beta, binom
 
 import lit_clip.evaluation.overlap as maths
-from datamodules.commands.overlap import EvaluationSet, open_sets, read_thresholds
+from datamodules.commands.overlap import EvaluationSet, open_sets
 from datamodules.near_duplicates import LOOK, LookIndex, look_of
 from datamodules.open_source import open_source
 from datamodules.overlap.search import EncodedImages, Searched, SourceRows, encode_images, findings_of, leaked_rows
@@ -235,11 +235,12 @@ def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConf
     assert videos.bad == ["1: cannot be read (no such codec)"]
     source = open_source(write_table(tmp_path / "train", [photos[6], as_jpeg(photos[4], 90), photos[7]]))
     compare(encoded(model, SourceRows(source), tmp_path / "training")[0], videos)
-    judged = findings_of(Videos(photos[:6]), videos, "look", booleans("10"))
+    judged = findings_of(Videos(photos[:6]), videos, booleans("10"))
     assert judged.seen.tolist() == [False, True]
     pair = judged.alike[1]
     assert pair is not None
-    assert (pair.item, pair.frame, pair.row, pair.name) == (2, 1, 1, f"{source.path} row 3")
+    assert (pair.item, pair.frame, pair.row) == (2, 1, 1)
+    assert [each["train"] for each in judged.pairs(source)] == [f"{source.path} row 3"]
     nearest_of_second = judged.nearest[1]
     assert (nearest_of_second.frame, nearest_of_second.row) == (1, 1)
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
@@ -255,7 +256,6 @@ def test_an_image_that_is_mended_is_encoded_then_and_takes_its_place(tiny_config
     assert encoded(model, SourceRows(source), tmp_path / "training")[1] == []
     found = EncodedImages.joined(parts)
     assert found.rows.tolist() == [0, 1, 2, 3]
-    assert found.names == [f"{source.path} row {number}" for number in (2, 3, 4, 5)]
 
 
 def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
@@ -302,7 +302,6 @@ def test_an_interrupted_search_resumes_and_finds_the_same(
         compare(parts, videos)
         leaks = np.concatenate(videos.leaks).tolist()
         results.append((*map(torch.Tensor.tolist, videos.nearest), videos.look_rows.tolist(), repr(leaks)))
-        results[-1] += (videos.names, videos.look_names)
     assert results[0] == results[1]
 
 
@@ -319,34 +318,18 @@ def test_all_training_images_that_are_in_a_set_are_leaks_not_only_the_nearest(
     for least in (0.97, 0.9999):
         sets = {name: searched(model, each, tmp_path / name, least) for name, each in frames.items()}
         compare(training, *sets.values())
-        for by in ("embedding", "look", "either"):
-            wanted: dict[int, list[str]] = {}
-            for row, image in enumerate(images):
-                for name, each in frames.items():
-                    near = float((sets[name].images.features @ features[row]).max()) >= least
-                    alike = len(LookIndex(looks_of(each)).like(looks_of([image]))[0]) > 0
-                    if (near and by != "look") or (alike and by != "embedding"):
-                        wanted.setdefault(row, []).append(f"image of the evaluation set {name}")
-            assert {0, 5} <= set(wanted)
-            judged = {name: findings_of(Videos(frames[name]), each, by, None) for name, each in sets.items()}
-            lines = list(leaked_rows(judged, by, source))
-            assert {line.row: line.finding for line in lines} == {row: "; ".join(wanted[row]) for row in wanted}
-            assert [line.row for line in lines] == sorted(wanted)
-
-
-def test_thresholds_are_set_for_all_sets_or_for_one_or_read_from_a_file(tmp_path: Path) -> None:
-    sets = ["a", "b=c"]
-    assert read_thresholds(["0.9"], sets) == {"a": 0.9, "b=c": 0.9}
-    assert read_thresholds(["0.9", "b=c=0.7"], sets) == {"a": 0.9, "b=c": 0.7}
-    assert read_thresholds(["b=c=0.7", "0.9"], sets) == {"a": 0.9, "b=c": 0.7}
-    assert read_thresholds(["a=0.8"], sets) == {"a": 0.8, "b=c": 0.95}
-    for word, message in (
-        ("x=0.5", "no set named x; there are a, b=c"),
-        ("high", "must be a number"),
-        ("7", "must be between -1 and 1"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read_thresholds([word], sets)
+        wanted: dict[int, list[str]] = {}
+        for row, image in enumerate(images):
+            for name, each in frames.items():
+                near = float((sets[name].images.features @ features[row]).max()) >= least
+                alike = len(LookIndex(looks_of(each)).like(looks_of([image]))[0]) > 0
+                if near or alike:
+                    wanted.setdefault(row, []).append(f"image of the evaluation set {name}")
+        assert {0, 5} <= set(wanted)
+        judged = {name: findings_of(Videos(frames[name]), each, None) for name, each in sets.items()}
+        lines = list(leaked_rows(judged, source))
+        assert {line.row: line.finding for line in lines} == {row: "; ".join(wanted[row]) for row in wanted}
+        assert [line.row for line in lines] == sorted(wanted)
 
 
 def test_a_link_to_itself_is_no_folder_of_classes(tmp_path: Path) -> None:
@@ -408,7 +391,7 @@ def recognised_keys(drawn: Drawn) -> set[str]:
 
 
 def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
-    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(drawn.evaluation), "--train", str(drawn.table), "--templates", "{}."]
     report = run_overlap(drawn, tmp_path / "overlap.html", *words, "--threshold", "0.9")
@@ -435,28 +418,43 @@ def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     assert "--data.keep" in output.err.splitlines()[-1]
     check_leaks(tmp_path / "overlap.findings.csv", drawn)
 
-    def no_forward(*_: object, **__: object) -> None:
-        raise AssertionError("an image was encoded again")
-
-    monkeypatch.setattr(CLIP, "encode_image", no_forward)
     similar = sorted(pair["similarity"] for pair in found["pairs"])
     limit = (similar[5] + similar[6]) / 2
-    words += ["--threshold", "0.9", f"emoji={limit}"]
+    words += ["--threshold", f"{limit}"]
     higher = run_overlap(drawn, tmp_path / "overlap.html", *words)["sets"]["emoji"]
     assert higher["threshold"] == limit
     looks = {pair["image"] for pair in higher["pairs"] if pair["similarity"] < limit}
     assert looks == {pair["image"] for pair in found["pairs"] if pair["similarity"] < limit and pair["same_look"]}
-    by_features = run_overlap(drawn, tmp_path / "overlap.html", *words, "--by", "embedding")["sets"]["emoji"]
-    assert by_features["overlap"] == 6
-    assert len((tmp_path / "overlap.findings.csv").read_text().splitlines()) == 1 + 6
-    tried = {row["threshold"]: row["overlap"] for row in by_features["thresholds"]}
-    assert (tried[0.9], tried[limit]) == (12, 6)
+    assert higher["overlap"] == 6 + len(looks)
+    tried = {row["threshold"]: row["overlap"] for row in higher["thresholds"]}
+    assert (tried[0.9], tried[limit]) == (12, 6 + len(looks))
+
+
+def test_features_are_kept_until_the_command_succeeds(
+    drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(drawn.evaluation), "--train", str(drawn.table)]
+
+    def full_disk(*_: object) -> None:
+        raise InputError("the disk is full")
+
+    def no_forward(*_: object, **__: object) -> None:
+        raise AssertionError("an image was encoded again")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("datamodules.commands.overlap.write_findings", full_disk)
+        with pytest.raises(InputError, match="the disk is full"):
+            run_overlap(drawn, tmp_path / "overlap.json", *words)
+    assert (tmp_path / ".overlap.found").is_dir()
+    monkeypatch.setattr(CLIP, "encode_image", no_forward)
+    assert run_overlap(drawn, tmp_path / "overlap.json", *words)["sets"]["emoji"]["images"] == 30
+    assert {path.name for path in tmp_path.iterdir()} == {"overlap.json", "overlap.findings.csv"}
 
 
 def test_bfloat16_finds_the_same_copies_and_shares_no_features_with_float32(
     drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [str(drawn.evaluation), "--train", str(drawn.table), "--threshold", "0.9", "--by", "embedding"]
+    words = [str(drawn.evaluation), "--train", str(drawn.table), "--threshold", "0.9"]
     encoders: dict[str, set[torch.dtype]] = {"image": set(), "text": set()}
     for kind in encoders:
         plain = getattr(CLIP, f"encode_{kind}")
@@ -563,6 +561,7 @@ def test_images_of_which_none_can_be_read_are_an_error(drawn: Drawn, tmp_path: P
         ("--output overlap.csv", "must be a .html or a .json file"),
         ("--output nowhere/overlap.html", "no such folder"),
         ("--sets cifar10", "--suite"),
+        ("pets --threshold 7", "must be between -1 and 1"),
         ("pets --precision 16-mixed", "--precision 16-mixed: needs a GPU"),
         ("", "no evaluation set"),
     ],
