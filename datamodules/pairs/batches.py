@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,11 +14,13 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
-from lit_clip.training.frozen_features import StoredImages, StoredTexts
 from ..loading.augmentation import TrainingTransform, seeded
 from ..loading.bad_samples import Skipped, split_skipped
 from ..loading.sampling import TrainingSample, sample_seed
 from .source import Pair, PairSource
+
+if TYPE_CHECKING:
+    from lit_clip.training.frozen_features import StoredImages, StoredTexts
 
 
 class TrainingPairs(Dataset[Pair]):
@@ -62,8 +64,8 @@ class Collate:
         self,
         tokenize: TextTokenizer,
         shape: tuple[int, ...],
-        images: StoredImages | None = None,
-        texts: StoredTexts | None = None,
+        images: "StoredImages | None" = None,
+        texts: "StoredTexts | None" = None,
     ) -> None:
         self.tokenize, self.texts = tokenize, texts
         self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)

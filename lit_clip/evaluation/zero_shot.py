@@ -42,10 +42,15 @@ def imagenet_templates() -> list[str]:
 
 def check_templates(templates: Any, where: str = "templates") -> None:
     """Raise :class:`InputError` unless there is a template and each is a text with ``{}`` for the class name."""
-    if isinstance(templates, str) or not isinstance(templates, Sequence) or not templates:
-        raise InputError(f"{where}: {shortened(templates)} must be a list of templates, such as 'a photo of a {{}}.'")
+    if isinstance(templates, str) or not isinstance(templates, Sequence):
+        kind = "one string" if isinstance(templates, str) else "no list"
+        raise InputError(f"{where}: {shortened(templates)} is {kind}; give a list of templates")
+    if not templates:
+        raise InputError(f"{where}: empty; give at least one, such as 'a photo of a {{}}.'")
     for template in templates:
-        if not isinstance(template, str) or "{}" not in template:
+        if not isinstance(template, str):
+            raise InputError(f"{where}: {shortened(template)} is not a text; put it in quotes")
+        if "{}" not in template:
             raise InputError(
                 f"{where}: {shortened(template)} has no {{}} for the class name; all classes would have the same prompt"
             )

@@ -16,7 +16,6 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.evaluation.predictions import read_predictions
-from lit_clip.evaluation.store import FeatureStore
 from tests.commands.test_evaluate import evaluate, noise_png, root, write_suite
 from tests.datamodules.evaluation.test_retrieval_sets import write_beir
 from tests.evaluation.test_image_retrieval import loops
@@ -87,7 +86,7 @@ def test_metrics_equal_a_plain_loop_and_are_shown_everywhere(
     assert sets["beir"]["tasks"]["document_retrieval"]["documents"] == 3  # texts alone
     # Another weight gives another result, of the same features; an old run is compared query by query.
     shutil.copytree("out", "before")
-    monkeypatch.setattr(FeatureStore, "_encode", lambda *_: pytest.fail("images were encoded again"))
+    monkeypatch.setattr("lit_clip.evaluation.store.encode", lambda *_: pytest.fail("images were encoded again"))
     suite = Path("suite.yaml").read_text(encoding="utf-8").replace("text_weight: 0.3", "text_weight: 0.9")
     Path("suite.yaml").write_text(suite, encoding="utf-8")
     results = evaluate("--compare", "before", "--sets", "products")

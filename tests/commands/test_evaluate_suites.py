@@ -109,7 +109,7 @@ def test_choices_are_cached_until_a_caption_changes(choices: Path, monkeypatch: 
     calls: list[str] = []
     judged = tasks.evaluate_choices
     monkeypatch.setattr(tasks, "evaluate_choices", lambda *given: calls.append(given[0]) or judged(*given))
-    monkeypatch.setattr(FeatureStore, "_encode", lambda *_: pytest.fail("images were encoded again"))
+    monkeypatch.setattr("lit_clip.evaluation.store.encode", lambda *_: pytest.fail("images were encoded again"))
     assert evaluate()["sets"]["crepe"]["tasks"] == first
     assert calls == []
     write_captions(choices, "object")

@@ -77,7 +77,7 @@ def test_micro_batches_on_the_gpu_give_the_gradient_of_the_whole_batch(
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preservation, "_load", kept_pairs)
+        patch.setattr(preservation, "load_kept", kept_pairs)
         setup = Setup.of(save_teacher(tmp_path_factory.mktemp("teacher")))
         setup.module.hparams["micro_batch_size"] = PAIRS // 2  # each operator of the pretended device takes long
         yield setup

@@ -224,7 +224,7 @@ def test_prompts_can_be_a_mapping_or_a_file(tmp_path: Path) -> None:
         ({"cat": ["a"], "hot dog": ["b"]}, "{}", "has whole prompts; leave the templates out"),
         (None, ["a photo"], "'a photo' has no {}"),
         (None, "a photo", "'a photo' has no {} and is neither"),
-        (None, [], "templates: [] must be a list of templates"),
+        (None, [], "templates: empty"),
         (None, "paper:Nothing", "the paper has no 'Nothing'"),
         (None, "clip_benchmark:nothing", "clip-benchmark has no 'nothing'"),
     ],
