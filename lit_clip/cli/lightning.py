@@ -252,7 +252,7 @@ class CLI(PlainCLI):
 
 def _model_of(settings: Any) -> Any:
     """Return the arguments of the model's class."""
-    model = settings.get("model", {})
+    model = settings.get("model") or {}
     return model.get("init_args", model)
 
 

@@ -47,8 +47,8 @@ class ConfigFile(ActionConfigFile):
         settings = read_yaml(path)
         if not isinstance(settings, dict):
             raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
-        for name in ("model", "trainer"):  # a typed option would replace another value; a model may be a class path
-            if not isinstance(value := settings.get(name, {}), dict) and not (name == "model" and "." in str(value)):
+        for name, kinds in {"model": dict | str | None, "trainer": dict}.items():  # options would replace other values
+            if not isinstance(value := settings.get(name, {}), kinds):
                 raise InputError(f"{path}: {name}: {shortened(value)} must be a mapping of settings")
         _check_encoder_options(parser.args, settings)
         self.apply_config(parser, cfg, self.dest, path)

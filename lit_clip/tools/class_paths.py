@@ -74,7 +74,7 @@ def _resolve(kind: Any, name: str) -> str:
 
 def import_listed() -> None:
     """Import the classes that our packages list: help lists only imported classes."""
-    for package in (importlib.import_module(f"lit_clip.{name}") for name in SHORT):
+    for package in (importlib.import_module(f"lit_clip.{name}") for name in NAMED):
         for name in package.__all__:
             getattr(package, name)
 

@@ -261,6 +261,12 @@ def test_help_of_a_configured_command_is_a_page(command: str) -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
+def test_the_whole_help_names_losses_and_recipes_that_fit_imports_on_use(cli: Cli) -> None:
+    text = cli("fit", "--help", "all").stdout
+    for name in ("losses.Alignment", "losses.Sum", "losses.WeightedContrastive", "recipes.PretrainedEncoders"):
+        assert f"lit_clip.{name}" in text
+
+
 def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
     bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
