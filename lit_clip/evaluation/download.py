@@ -37,6 +37,7 @@ def download_missing(
     """
     make_folder(data_root, "--data_root")
     failed: dict[str, str] = {}
+    broken: dict[Path, str] = {}  # folders whose sets cannot be downloaded, and why: another set's try is no better
     for name, entry in entries.items():
         used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
         splits = {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
@@ -44,11 +45,12 @@ def download_missing(
             continue
         root = (data_root / entry.location).resolve()
         try:
+            require(root not in broken, broken.get(root, ""))
             make_folder(root.parent, "--data_root")
             with _alone(name, root):
                 _download(name, entry, splits, root)
         except InputError as error:
-            failed[name] = str(error)
+            failed[name] = broken[root] = str(error)
             stderr().print(f"{name}: {error}")
     return failed
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -286,6 +286,21 @@ def test_torchvisions_split_that_no_task_uses_is_not_downloaded(
         monkeypatch.setattr(download, "_unpack", lambda source, _, found=unpacked: found.append(source["split"]))
         download_missing({"signs": entry}, tmp_path, tasks)
         assert unpacked == splits
+
+
+def test_sets_in_one_folder_are_tried_once_if_they_cannot_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, tried = read_suite(ROOT / "configs/evaluation/paper.yaml"), list[str]()
+
+    def no_space(source: Mapping[str, Any], _: Path) -> None:
+        tried.append(source["torchvision"])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(download, "_unpack", no_space)
+    failed = download_missing({name: suite[name] for name in ("sun397", "sun", "dtd")}, tmp_path)
+    assert tried == ["SUN397", "DTD"]
+    assert failed["sun"] == failed["sun397"] != failed["dtd"]
 
 
 def test_archive_that_cannot_be_unpacked_is_downloaded_again(

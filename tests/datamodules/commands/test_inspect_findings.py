@@ -278,7 +278,7 @@ def test_files_of_one_look_keep_no_file_open(folder: Path) -> None:
     for number in range(120):
         Path(f"like{number}.png").write_bytes(Path("up.png").read_bytes() + bytes([number]))
     Path("like.csv").write_text("image,caption\n" + "".join(f"like{number}.png,a shirt\n" for number in range(120)))
-    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(os.devnull, os.O_RDONLY)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 60, limits[1]))
     try:
