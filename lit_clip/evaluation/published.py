@@ -159,26 +159,29 @@ def papers_name(model: str) -> str:
 def nearest(model: Mapping[str, Any]) -> NearestModel:
     """Return the nearest of the paper's models, with open_clip's name: of the same name, or else of the nearest size.
 
-    A name may have a tag and ``-quickgelu``. A ViT is compared with the paper's ViTs, a ResNet with its ResNets, any
-    other model with all of them.
+    A name may have a tag and ``-quickgelu``. A ViT is compared with the paper's ViTs, of its patch size if there is
+    one, a ResNet with its ResNets, any other model with all of them.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
     name = str(model.get("name") or "").split(":")[0].removesuffix("-quickgelu")
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
-    parameters, kind = model.get("parameters"), _kind(model.get("architecture"))
+    parameters, (kind, patch) = model.get("parameters"), _kind_and_patch(model.get("architecture"))
     if not isinstance(parameters, int | float) or not parameters > 0:
         return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
     sizes = {each: math.log(size * 1e6) for each, size in _data()["parameters"].items() if each.startswith(kind)}
-    closest = min(sizes, key=lambda each: abs(sizes[each] - math.log(parameters)))
+    of_patch = [each for each in sizes if str(patch) in each.split("-")]
+    closest = min(of_patch or sizes, key=lambda each: abs(sizes[each] - math.log(parameters)))
     kinds = {"": "the", "ViT": "the ViT with the", "RN": "the ResNet with the"}
     return NearestModel(closest, f"{kinds[kind]} nearest number of parameters")
 
 
-def _kind(architecture: Any) -> str:
-    """Return how the paper's names of an image encoder's kind begin; empty if it is neither a ViT nor a ResNet."""
+def _kind_and_patch(architecture: Any) -> tuple[str, Any]:
+    """Return how the paper's names of an image encoder's kind begin, empty if it is no ViT or ResNet; and its patch."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
     if not isinstance(image, Mapping) or "timm" in image:
-        return ""
-    return "ViT" if "patch_size" in image else "RN" if isinstance(image.get("layers"), list | tuple) else ""
+        return "", None
+    if "patch_size" in image:
+        return "ViT", image["patch_size"]
+    return ("RN" if isinstance(image.get("layers"), list | tuple) else ""), None

@@ -352,6 +352,8 @@ def test_a_paper_model_is_nearest_to_itself_by_name_and_by_size(name: str) -> No
     ("architecture", "parameters", "expected", "rule"),
     [
         (resolve_architecture("ViT-tiny-16-64").to_dict(), 1_000_000, "ViT-B-16", "the ViT with the nearest number"),
+        ({"image": {"patch_size": 32}}, 5_000_000, "ViT-B-32", "the ViT with the nearest number"),
+        ({"image": {"patch_size": 8}}, 5_000_000, "ViT-B-16", "the ViT with the nearest number"),
         (resolve_architecture("ViT-H-14").to_dict(), 986_000_000, "ViT-L-14-336", "the ViT with the nearest number"),
         ({"image": {"layers": [3, 4, 22, 3]}}, 125_000_000, "RN101", "the ResNet with the nearest number"),
         ({"image": {"layers": [2, 2, 2, 2]}}, 150_000_000, "RN50x4", "the ResNet with the nearest number"),
