@@ -385,10 +385,30 @@ def module() -> Any:
     return module
 
 
-def test_openvino_gives_the_features_to_the_precision_of_bfloat16(module: Any, exported: Callable[[str], Path]) -> None:
+# OpenVINO's CPU plugin sets the stack of signal handlers on processors with AMX. Of two models, the second to end gives
+# back the stack of the first, which is gone, and the next signal kills the tests: they end with their own process.
+IN_OPENVINO = """
+import json, sys
+from pathlib import Path
+import numpy as np
+folder, serving, photo, texts, out = sys.argv[1:]
+sys.path.insert(0, serving)
+from exported_model import Model
+model = Model(Path(folder), openvino=True)
+np.save(out, np.concatenate([model.image(Path(photo).read_bytes()), model.texts(json.loads(texts))]))
+"""
+
+
+def test_openvino_gives_the_features_to_the_precision_of_bfloat16(
+    module: Any, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
-    models = [module.Model(exported("CLIP") / "onnx", openvino=openvino) for openvino in (False, True)]
-    first, second = (np.concatenate([model.image(PHOTO), model.texts(TEXTS)]) for model in models)
+    folder, photo, out = exported("CLIP") / "onnx", tmp_path / "photo.png", tmp_path / "features.npy"
+    photo.write_bytes(PHOTO)
+    words = [str(folder), str(SERVING), str(photo), json.dumps(TEXTS), str(out)]
+    subprocess.run([sys.executable, "-c", IN_OPENVINO, *words], check=True, timeout=120)
+    model, second = module.Model(folder), np.load(out)
+    first = np.concatenate([model.image(PHOTO), model.texts(TEXTS)])
     assert np.abs(first - second).max() < 2e-2
     assert np.linalg.norm(second, axis=1) == pytest.approx(1)
 
