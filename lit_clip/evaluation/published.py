@@ -178,7 +178,7 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
 
 
 def _kind_and_patch(architecture: Any) -> tuple[str, Any]:
-    """Return how the paper's names of an image encoder's kind begin, empty if it is no ViT or ResNet; and its patch."""
+    """Return how the paper's names of this kind of image encoder begin ("" without such a kind), and its patch size."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
     if not isinstance(image, Mapping) or "timm" in image:
         return "", None
