@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -168,15 +170,16 @@ def run_ranks(world: int, program: forks.Program, timeout: int) -> list[subproce
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Callable[..., None]:
-    """Run a function of ``tests/helpers/ranks.py`` in W gloo processes."""
+def ranks(tmp_path: Path) -> Callable[..., Any]:
+    """Run a function of ``tests/helpers/ranks.py`` in W gloo processes; return what it returns on the first one."""
 
-    def run(function: str, world: int, *arguments: str, timeout: int = 120, script: str = "ranks.py") -> None:
-        rendezvous = tmp_path / f"rendezvous_{function}_{world}"
+    def run(function: str, world: int, *arguments: object, timeout: int = 120, script: str = "ranks.py") -> Any:
+        rendezvous, result = tmp_path / f"rendezvous_{function}_{world}", tmp_path / f"result_{function}_{world}"
         rendezvous.unlink(missing_ok=True)
-        environment = {**os.environ, "RENDEZVOUS": f"file://{rendezvous}"}
-        words = [str(ROOT / "tests/helpers" / script), function, *arguments]
+        environment = {**os.environ, "RENDEZVOUS": f"file://{rendezvous}", "RESULT": str(result)}
+        words = [str(ROOT / "tests/helpers" / script), function, *map(str, arguments)]
         run_ranks(world, forks.Program(forks.script, words, tmp_path, environment), timeout)
+        return json.loads(result.read_text(encoding="utf-8"))
 
     return run
 

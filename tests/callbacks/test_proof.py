@@ -1,7 +1,6 @@
 """The end of a run with a recipe: the model before and after, on what it was not trained on."""
 
 import csv
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -309,12 +308,8 @@ def test_two_ranks_compare_the_numbers_of_one(
     ]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
     start = overfitted[0] if kind == "trained" else folders["bert"]
-    found = []
-    for world in (1, 2):
-        output = tmp_path / f"{world}.json"
-        words = [str(output), str(tmp_path / "pairs.csv"), str(start), str(classes)]
-        ranks("proof", world, *words, script="ranks_callbacks.py")
-        found.append(json.loads(output.read_text(encoding="utf-8")))
+    given = (tmp_path / "pairs.csv", start, classes)
+    found = [ranks("proof", world, *given, script="ranks_callbacks.py") for world in (1, 2)]
     assert len(found[0]) == 5
     for one, two in zip(*found, strict=True):
         assert one[:2] == two[:2]

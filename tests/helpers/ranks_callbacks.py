@@ -1,7 +1,6 @@
 """One rank of the suite callbacks' tests; the ``ranks`` fixture starts it in its own process."""
 
 import json
-import os
 import sys
 from collections import Counter
 from functools import partial
@@ -32,22 +31,18 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, number
 from tests.helpers.towers import shaken
 
 
-def write_agreed(trainer: Trainer, output: str, *prefixes: str) -> None:
-    """Validate, check that all ranks have the same metrics, and write them on rank 0."""
-    trainer.validate(make_module(), NoCaptions(), verbose=False)
+def agreed(trainer: Trainer, *prefixes: str) -> dict[str, float]:
+    """Return the metrics with these prefixes, after checking that all ranks have the same."""
     found = {name: value for prefix in prefixes for name, value in numbers(trainer, prefix).items()}
     for other in distributed.gather_objects([found]):
         assert other == found
-    if trainer.global_rank == 0:
-        Path(output).write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
     """Return the metrics of ``fit``, evaluated at each validation and at each step; check that all ranks agree."""
-    rank, _ = distributed.rank_and_world()
     results = {}
     for name, steps in (("epochs", None), ("steps", 1)):
-        os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes; it removes the variable
         # A larger step gives all images nearly the same features, whose ranking is then decided by rounding.
         module = make_module(optimizer=partial(PaperAdamW, lr=1e-4))
         callbacks = [
@@ -58,10 +53,7 @@ def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
         # One step with all pairs, so that the weights do not depend on the number of ranks.
         trainer = make_trainer(folder, callbacks, max_steps=1, enable_checkpointing=False)
         trainer.fit(module, data_for(module, folder / "captions.csv", 8 // distributed.rank_and_world()[1]))
-        tasks = ("zero_shot/", "linear_probe/", "retrieval/")
-        results[name] = {key: value for task in tasks for key, value in numbers(trainer, task).items()}
-        for other in distributed.gather_objects([results[name]]):
-            assert other == results[name]
+        results[name] = agreed(trainer, "zero_shot/", "linear_probe/", "retrieval/")
     return results
 
 
@@ -96,8 +88,6 @@ class Unreduced(Metric):
 
 def metrics(output: str, folder: str, suite: str) -> None:
     """Write the metrics of torchmetrics that ``validate`` logs on rank 0; check that all ranks agree."""
-    rank, _ = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)
     auroc = "torchmetrics.classification.MulticlassAUROC"
     given = {
         "auroc": {"class_path": auroc, "init_args": {"average": "macro"}},
@@ -111,32 +101,31 @@ def metrics(output: str, folder: str, suite: str) -> None:
         LinearProbe(suite, l2=1.0, metrics={"auroc": auroc}, **options),
     ]
     trainer = make_trainer(Path(folder), callbacks, logger=CSVLogger(folder, "csv", ""))
-    write_agreed(trainer, output, "zero_shot/", "linear_probe/")
+    trainer.validate(make_module(), NoCaptions(), verbose=False)
+    found = agreed(trainer, "zero_shot/", "linear_probe/")
+    if trainer.global_rank == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
-def run(output: str, folder: str, suite: str) -> None:
-    """Run :func:`classify`, then write the results of :func:`evaluate` on rank 0."""
+def run(folder: str, suite: str) -> dict[str, dict[str, float]]:
+    """Run :func:`classify`, and return the results of :func:`evaluate`."""
     classify(Path(folder))
-    results = evaluate(Path(folder), suite)
-    if distributed.rank_and_world()[0] == 0:
-        Path(output).write_text(json.dumps(results), encoding="utf-8")
+    return evaluate(Path(folder), suite)
 
 
-def places(output: str, folder: str, suite: str) -> None:
-    """Write the metrics of :class:`ZeroShotSegmentation` under ``validate`` on rank 0; check that all ranks agree."""
-    rank, _ = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)
+def places(folder: str, suite: str) -> dict[str, float]:
+    """Return the metrics of :class:`ZeroShotSegmentation` under ``validate``."""
     trainer = make_trainer(Path(folder), [ZeroShotSegmentation(suite, folder)])
-    write_agreed(trainer, output, "segmentation/", "pointing/")
+    trainer.validate(make_module(), NoCaptions(), verbose=False)
+    return agreed(trainer, "segmentation/", "pointing/")
 
 
-def proof(output: str, table: str, start: str, classes: str) -> None:
-    """Train one step with all 60 pairs, and write what :class:`Proof` compares, which rank 0 prints.
+def proof(table: str, start: str, classes: str) -> list[list[Any]]:
+    """Train one step with all 60 pairs, and return what :class:`Proof` compares, which rank 0 prints.
 
     ``start`` is a checkpoint, or a folder of a text encoder beside which a new image encoder gets a head.
     """
-    rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)
+    _, world = distributed.rank_and_world()
     torch.manual_seed(0)
     options = {"optimizer": partial(PaperAdamW, lr=1e-3), "lr_scheduler": partial(WarmupCosine, warmup_steps=0)}
     if Path(start).is_dir():
@@ -148,31 +137,23 @@ def proof(output: str, table: str, start: str, classes: str) -> None:
     data = Captions(table, table, batch_size=60 // world, num_workers=0, augmentation=[])
     found: list[list[Any]] = []
     proofs.table_of = lambda rows, start: found.extend([row.what, row.images, row.before, row.after] for row in rows)
-    trainer = make_trainer(Path(output).parent, [Proof([classes])], max_steps=1, enable_checkpointing=False)
-    trainer.fit(module, data)
-    if rank == 0:
-        Path(output).write_text(json.dumps(found), encoding="utf-8")
+    make_trainer(Path(), [Proof([classes])], max_steps=1, enable_checkpointing=False).fit(module, data)
+    return found
 
 
 # One rank of the throughput test; the ``ranks`` fixture starts it in its own process.
 
 
-def throughput(output: str, table: str) -> None:
-    """Train for an epoch of two steps on all 8 pairs; every rank has the same metrics, and rank 0 writes them."""
-    rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
+def throughput(table: str) -> dict[str, float]:
+    """Return the metrics of an epoch of two steps on all 8 pairs, which are the same on every rank."""
+    _, world = distributed.rank_and_world()
     module = make_module()
     options = {"max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = make_trainer(Path(output).parent, [Throughput()], **options)
+    trainer = make_trainer(Path(), [Throughput()], **options)
     with patch("callbacks.throughput.device_peak", lambda trainer: 1e9):  # which Lightning's table lacks
         trainer.fit(module, data_for(module, Path(table), 4 // world))
-    metrics = numbers(trainer, "train/")
-    for name in ("train/loss", "train/in_batch_accuracy"):
-        metrics.pop(name)
-    for other in distributed.gather_objects([metrics]):
-        assert other == metrics
-    if rank == 0:
-        Path(output).write_text(json.dumps(metrics), encoding="utf-8")
+    names = ("samples_per_second", "data_wait_share", "tokens_per_second", "padded_tokens_per_second", "mfu")
+    return agreed(trainer, *(f"train/{name}" for name in names))
 
 
 # One rank of the test that counts a step's collectives; the ``ranks`` fixture starts it in its own process.
@@ -218,19 +199,16 @@ class Collectives(Callback):
         self.step = None
 
 
-def count(output: str, table: str) -> None:
-    """Train 8 steps as on GPUs, of which the 5th is logged, and write each step's collectives."""
-    rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
+def count(table: str) -> dict[int, Counter[str]]:
+    """Train 8 steps as on GPUs, of which the 5th is logged, and return each step's collectives."""
+    _, world = distributed.rank_and_world()
     hardware.runs_ahead = lambda device: True
     counter = Collectives()
     used = callbacks.defaults(callbacks.TrainingMonitor(), callbacks.Throughput(), counter)
     options = {"max_epochs": 1, "log_every_n_steps": 5, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = make_trainer(Path(output).parent, used, **options)
     module = make_module()
-    trainer.fit(module, data_for(module, Path(table), 4 // world))
-    if rank == 0:
-        Path(output).write_text(json.dumps(counter.found), encoding="utf-8")
+    make_trainer(Path(), used, **options).fit(module, data_for(module, Path(table), 4 // world))
+    return counter.found
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One rank of the evaluation tests; the ``ranks`` fixture starts it in its own process."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation, RetrievalSet, token_hashes
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
+from tests.helpers.small_sets import make_trainer
 
 TEXT = TextTransformerConfig(context_length=16, width=16, layers=1, heads=1)
 VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1)
@@ -85,24 +85,6 @@ def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
     return module
 
 
-def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
-    rank, world = distributed.rank_and_world()
-    if world > 1:
-        os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes; it removes the variable
-    return Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
-    )
-
-
 def data_for(train: str, val: str, batch_size: int) -> Captions:
     return Captions(train, val, batch_size=batch_size, num_workers=0)
 
@@ -136,7 +118,7 @@ def validate_tables(drawings: str, tables: list[str]) -> list[dict[str, float]]:
     results = []
     for table in tables:
         module = make_module()
-        trainer = make_trainer([zero_shot(drawings), SimilarityMatrix(), EmbeddingProjector()])
+        trainer = make_trainer(Path(), [zero_shot(drawings), SimilarityMatrix(), EmbeddingProjector()])
         trainer.validate(module, data_for(table, table, 30), verbose=False)
         results.append(_numbers(trainer))
     return results
@@ -165,7 +147,7 @@ def fit(output: str, drawings: str, train: str, val: str) -> None:
     """Train a network with batch normalisation, validating after each epoch."""
     module = make_module(ResNetConfig(layers=(1, 1, 1, 1), width=16, image_size=32))
     callbacks = [zero_shot(drawings, 10), SameStatistics()]
-    trainer = make_trainer(callbacks, max_epochs=2, num_sanity_val_steps=1)
+    trainer = make_trainer(Path(), callbacks, max_epochs=2, num_sanity_val_steps=1, enable_checkpointing=False)
     trainer.fit(module, data_for(train, val, 8))
     assert trainer.global_step > 1
     _write(output, _numbers(trainer))

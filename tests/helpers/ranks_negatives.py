@@ -1,6 +1,5 @@
 """Training with hard negatives that a hook adds; the ``ranks`` fixture starts this in each rank's process."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,6 @@ def train(output: str, table: str, hooks: str) -> None:
     Every other hook has ``train`` as a list of a path instead of a path, on two ranks the others.
     """
     rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
     found = {}
     for place, hook in enumerate(hooks.split(",")):
         module = module_of(hook)

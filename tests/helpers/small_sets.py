@@ -1,5 +1,6 @@
 """Evaluation sets that are generated on access, and tiny runs to evaluate them in."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +131,9 @@ QUIET: dict[str, Any] = {
 
 
 def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
-    _, world = distributed.rank_and_world()
+    rank, world = distributed.rank_and_world()
+    if world > 1:
+        os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes; it removes the variable
     return Trainer(
         callbacks=callbacks,
         default_root_dir=folder,
