@@ -191,7 +191,7 @@ CASES = {
             ("download/images/Coopers_Hawk/1.jpg", 0, 2),
             *((f"download/images/Black_Vulture/{number}.jpg", 2 + number, 0) for number in (1, 2, 3)),
         ],
-        {"images.txt": ("path\nOwl/1.jpg", "Owl/1.jpg is of no species")},
+        {"images.txt": ("path\nOwl/1.jpg", "images.txt: 'Owl' is none of the 3 classes")},
     ),
     "fairface": Case(
         sets.FairFace,
@@ -252,7 +252,7 @@ CASES = {
         [("n01498041/0.000_x.jpg", 6, 0), ("n02206856/1.jpg", 309, 1), ("n12267677/1.jpg", 988, 2)],
         {
             "n01440764/a.jpg": (1, "4 class folders instead of 3"),
-            "n99999999/a.jpg": (1, "n99999999 is not a class of ImageNet"),
+            "n99999999/a.jpg": (1, "'n99999999' is none of the 1000 classes"),
             "n02206856/1.jpg": (None, "n02206856: no images"),
         },
     ),
