@@ -11,7 +11,7 @@ from . import rules
 from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
-from .image_files import ListedImages
+from .image_files import ImageFiles
 from .imagenet import BabelImageNet, ImageNet, ImageNetFolders, ObjectNet, TranslatedImageNet
 from .judged_documents import QueriesAndDocuments
 from .localised_sets import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
@@ -54,7 +54,7 @@ __all__ += ["AYahoo", "Caltech101", "Country211", "DTD", "EuroSAT", "FGVCAircraf
 __all__ += ["ImageNetV2", "OxfordPets", "RESISC45", "RenderedSST2", "SUN", "SUN397"]
 
 
-def __getattr__(name: str) -> Callable[..., ListedImages]:
+def __getattr__(name: str) -> Callable[..., ImageFiles]:
     if name not in rules.rules():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return rules.opener(name)

@@ -16,7 +16,7 @@ from lit_clip.evaluation.data import Box, CaptionChoices, Choice
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import convert, entries
 from .annotation_files import AGAIN, find, read_json, read_json_lines, read_lines, read_table, read_text, whole_number
-from .image_files import UnlabelledFiles, refuse_no_folder
+from .image_files import UnlabelledFiles
 
 Subset = Literal["add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"]
 FEWEST = 25  # questions about a pair of attributes that counts in ARO's mean
@@ -36,7 +36,6 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
             self._choices.append(choice._replace(images=rows))
         require(bool(self._choices), f"{where}: no questions in it; {AGAIN}")
         super().__init__(root, list(row_of), [where])
-        refuse_no_folder(self.files[0].parent)
 
     def choices(self) -> list[Choice]:
         return list(self._choices)

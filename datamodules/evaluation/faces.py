@@ -16,7 +16,7 @@ from lit_clip.evaluation.bias import VALUES as FAIRFACE
 from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.tools.reading import check_is_file, reading
 from .annotation_files import AGAIN, find, read_lines, read_table, read_words, whole_number
-from .image_files import ImageFiles, TrainValTest, in_class_folders, subfolders
+from .image_files import ImageFiles, TrainValTest, in_class_folders, labels_of, subfolders
 from .torchvision_arrays import ImageArrays
 
 EMOTIONS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")
@@ -49,13 +49,13 @@ def _face_files(folder: Path, split: TrainValTest) -> ImageFiles:
     words, folders = subfolders(folder / part), ", ".join(EMOTION_FOLDERS)
     require({*words} == {*EMOTION_FOLDERS}, f"{folder / part}: its folders are {', '.join(words)}, not {folders}")
     expected = {USAGES[each] for each in USAGES if (each == "train") == (split == "train")}
-    kept = []
-    for file, label in zip(*in_class_folders(folder, [f"{part}/{name}" for name in EMOTION_FOLDERS]), strict=True):
-        usage = Path(file).name.partition("_")[0]
+    rows = in_class_folders(folder, [f"{part}/{name}" for name in EMOTION_FOLDERS])
+    for file, _ in rows:
         starts = " or ".join(sorted(expected))
-        require(usage in expected, f"{folder / file}: its name does not start with {starts}; {AGAIN}")
-        kept += [(file, label)] if usage == USAGES[split] else []
-    return ImageFiles(folder, [file for file, _ in kept], [label for _, label in kept], list(EMOTIONS))
+        known = Path(file).name.partition("_")[0] in expected
+        require(known, f"{folder / file}: its name does not start with {starts}; {AGAIN}")
+    kept = [(file, name) for file, name in rows if Path(file).name.startswith(f"{USAGES[split]}_")]
+    return ImageFiles(folder, kept, [f"{part}/{name}" for name in EMOTION_FOLDERS], names=EMOTIONS)
 
 
 def FERPlus(root: str, split: TrainValTest = "test") -> ImageArrays:
@@ -138,14 +138,11 @@ def FairFace(root: str, attribute: Attribute = "race", split: Literal["train", "
     folders = ("", "fairface-img-margin125-trainval/", "fairface-img-margin025-trainval/")
     images = find(Path(root), [f"{folder}{split}" for folder in folders], "images").parent
     rows = read_table(table, {"file": ("file",), **{name: (name,) for name in FAIRFACE}})
-    for row in rows:
-        for name, values in FAIRFACE.items():
-            known = row[name] in values
-            require(known, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}")
-    labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
     groups = {name: [row[name] for row in rows] for name in FAIRFACE}
-    names = list(FAIRFACE[attribute])
-    return ImageFiles(images, [row["file"] for row in rows], labels, names, [table], Truth(groups=groups))
+    for name, values in FAIRFACE.items():
+        labels_of(groups[name], values, table)
+    people = [(row["file"], row[attribute]) for row in rows]
+    return ImageFiles(images, people, FAIRFACE[attribute], [table], truth=Truth(groups=groups))
 
 
 def CelebAIdentities(
@@ -178,11 +175,10 @@ def CelebAIdentities(
     too_many = f"identities: {identities} is more than the {len(counts)} named people with images"
     require(identities <= len(counts), f"{too_many}; lower it, or add names to {top / names}")
     people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
-    label_of = {person: label for label, person in enumerate(people)}
-    kept = [name for name in images if person_of[name] in label_of]
     folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
-    labels = [label_of[person_of[name]] for name in kept]
-    return ImageFiles(folder, kept, labels, [name_of[person] for person in people], annotations)
+    chosen = set(people)
+    rows = [(name, person_of[name]) for name in images if person_of[name] in chosen]
+    return ImageFiles(folder, rows, people, annotations, [name_of[person] for person in people])
 
 
 def _names_of_people(path: Path) -> dict[str, str]:

@@ -51,7 +51,8 @@ def _neighbouring_frames(
     neighbours = [(row_of[anchor], rows) for anchor, rows in others.items()]
     truth = Truth(neighbours=neighbours, accepted=[accepted[name] for name in names])
     # labels() can only give one of the accepted labels: the first.
-    images = ImageFiles(root, names, [min(accepted[name]) for name in names], class_names, annotations, truth)
+    rows = [(name, min(accepted[name])) for name in names]
+    images = ImageFiles(root, rows, range(len(class_names)), annotations, class_names, truth)
     images.in_imagenet = in_imagenet
     return images
 
@@ -68,7 +69,6 @@ def ImageNetVidRobust(root: str) -> ImageFiles:
     sets, labelled = metadata / "pmsets.json", metadata / "labels.json"
     names = _class_names(index)
     anchors, labels = read_json(sets, dict[str, list[str]]), read_json(labelled, dict[str, list[int]])
-    find(top, ("val",), "folder of frames")
     accepted = {name: set(classes) for name, classes in labels.items()}
     in_imagenet = partial(_imagenet_labels, top, ("metadata/", "misc/"), range(len(names)))
     return _neighbouring_frames(top, anchors, accepted, names, [index, sets, labelled], in_imagenet)

@@ -2,10 +2,10 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from PIL import Image
@@ -41,7 +41,7 @@ class KnownLabels(LabelledImages):
 
 
 class UnlabelledFiles(ImageSet):
-    """Image files below a folder.
+    """Image files below a folder; the set is missing if the first file's folder does not exist.
 
     Args:
         root: the folder.
@@ -52,6 +52,8 @@ class UnlabelledFiles(ImageSet):
     def __init__(self, root: Path, files: Sequence[str | Path], annotations: Sequence[Path] = ()) -> None:
         self.root, self.annotation_paths = root, annotations
         self.files = [file if isinstance(file, Path) else root / file for file in files]
+        require(bool(self.files), f"{root}: no images of this split; get the set again")
+        refuse_no_folder(self.files[0].parent)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -84,31 +86,32 @@ class UnlabelledFiles(ImageSet):
 
 
 class ImageFiles(UnlabelledFiles, KnownLabels):
-    """Labelled image files; ``labels`` has each image's class, and ``class_names`` are in label order."""
+    """Labelled image files.
+
+    Args:
+        root: their folder.
+        rows: each image's file and class; the class is None if ``truth`` has the classes.
+        classes: the classes, in label order.
+        annotations: the files that list them.
+        names: of the classes; None: the classes themselves.
+        truth: further truth.
+    """
 
     def __init__(
         self,
         root: Path,
-        files: Sequence[str | Path],
-        labels: Sequence[int],
-        class_names: list[str],
+        rows: Sequence[tuple[str | Path, Hashable]],
+        classes: Sequence[Hashable],
         annotations: Sequence[Path] = (),
+        names: Sequence[str] | None = None,
         truth: Truth | None = None,
     ) -> None:
-        require(bool(files), f"{root}: no images of this split; get the set again")
-        super().__init__(root, files, annotations)
-        self.class_names, self._labels, self.truth = class_names, list(labels), truth or Truth()
+        self._labels = labels_of([each for _, each in rows], classes, [*annotations, root][0])
+        super().__init__(root, [file for file, _ in rows], annotations)
+        self.class_names, self.truth = list(map(str, names or classes)), truth or Truth()
 
     def check(self) -> None:
         check_images([(file, self.where(index)) for index, file in enumerate(self.files)])
-
-
-class ListedImages(ImageFiles):
-    """Image files that a list names; the set is missing if the first file's folder does not exist."""
-
-    def __init__(self, root: Path, files: list[str], *more: Any) -> None:
-        super().__init__(root, files, *more)
-        refuse_no_folder(self.files[0].parent)
 
 
 class CaptionedFiles(UnlabelledFiles, CaptionedImages):
@@ -122,9 +125,9 @@ class CaptionedFiles(UnlabelledFiles, CaptionedImages):
         return list(self._captions[index])
 
 
-def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list[int]:
-    """Return the index of each name in ``classes``; ``where`` is the file that lists the names."""
-    label_of = {name: label for label, name in enumerate(classes)}
+def labels_of(names: Sequence[Hashable], classes: Sequence[Hashable], where: Path) -> list[int]:
+    """Return the index of each name in ``classes``, -1 for None; ``where`` is the file that lists the names."""
+    label_of = {None: -1, **{name: label for label, name in enumerate(classes)}}
     unknown = next((name for name in names if name not in label_of), None)
     if unknown is not None:
         raise InputError(f"{where}: {unknown!r} is none of the {len(classes)} classes; get the file again")
@@ -160,7 +163,6 @@ def refuse_no_folder(folder: Path) -> None:
         raise MissingData(f"{folder}: no such folder")
 
 
-def in_class_folders(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
-    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels: places in ``classes``."""
-    images = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in images_in(folder / name)]
-    return [image for image, _ in images], [label for _, label in images]
+def in_class_folders(folder: Path, classes: Sequence[str]) -> list[tuple[str, str]]:
+    """List the images in ``folder/CLASS`` as paths below ``folder``, each with its class."""
+    return [(f"{name}/{image}", name) for name in classes for image in images_in(folder / name)]

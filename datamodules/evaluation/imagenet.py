@@ -52,11 +52,8 @@ def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
         truth, annotations = _validation_wnids(top, files, wnids)
         whole = len(truth) == len(files)
         require(whole, f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
-        return ImageFiles(folder, files, labels_of(truth, wnids, top), names, annotations)
-    classes = subfolders(folder)
-    label_of = labels_of(classes, wnids, folder)
-    files, places = in_class_folders(folder, classes)
-    return ImageFiles(folder, files, [label_of[place] for place in places], names)
+        return ImageFiles(folder, list(zip(files, truth, strict=True)), wnids, annotations, names)
+    return ImageFiles(folder, in_class_folders(folder, subfolders(folder)), wnids, names=names)
 
 
 def _validation_wnids(root: Path, files: Sequence[str], wnids: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -173,15 +170,13 @@ def ImageNetFolders(root: str, classes: int | None = None) -> ImageFiles:
         classes: the number of classes to expect; None: any.
     """
     folders = subfolders(Path(root))
-    number = {wnid: label for label, wnid in enumerate(imagenet_wnids())}
-    if unknown := sorted(set(folders) - number.keys()):
-        raise InputError(f"{root}: {unknown[0]} is not a class of ImageNet; folders must be named n01440764, ...")
+    numbers = sorted(labels_of(folders, imagenet_wnids(), Path(root)))
     if classes is not None and len(folders) != classes:
         raise InputError(f"{root}: {len(folders)} class folders instead of {classes}; get the set again")
-    wnids, names = sorted(folders, key=number.__getitem__), imagenet_class_names()
-    files, labels = in_class_folders(Path(root), wnids)
-    images = ImageFiles(Path(root), files, labels, [names[number[wnid]] for wnid in wnids])
-    images.in_imagenet = partial(list, [[number[wnid]] for wnid in wnids])
+    wnids, names = [imagenet_wnids()[number] for number in numbers], imagenet_class_names()
+    rows = in_class_folders(Path(root), wnids)
+    images = ImageFiles(Path(root), rows, wnids, names=[names[number] for number in numbers])
+    images.in_imagenet = partial(list, [[number] for number in numbers])
     return images
 
 
@@ -201,9 +196,8 @@ class ObjectNet(ImageFiles):
         if len(overlap) != len(in_imagenet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
             raise InputError(f"{mappings / names[0]}: {problem}; get the mappings again")
-        files, labels = in_class_folders(folder / "images", overlap)
-        own_names = [label_of[name].lower() for name in overlap]
-        super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
+        rows, own_names = in_class_folders(folder / "images", overlap), [label_of[name].lower() for name in overlap]
+        super().__init__(folder / "images", rows, overlap, [mappings / name for name in names], own_names)
         self.in_imagenet = partial(_labels_of_words, [in_imagenet[label_of[name]].split("; ") for name in overlap])
 
     def image(self, index: int) -> Image.Image:

@@ -145,8 +145,7 @@ class BoxedFiles(UnlabelledFiles, Boxed):
         tolerance: int,
         short_side: int | None,
     ) -> None:
-        super().__init__(root, names, list(annotations))
-        refuse_no_folder(self.files[0].parent)
+        super().__init__(root, names, annotations)
         self.class_names = class_names
         self._boxes = boxes
         self.tolerance = tolerance

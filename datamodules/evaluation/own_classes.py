@@ -64,13 +64,13 @@ class ImageFolderClasses(ImageFiles):
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         require(bool(classes), f"{root}: no subfolders; put each class's images into a subfolder of its own")
         names = resolve_names(class_names, [name.replace("_", " ") for name in classes], str(root))
-        images: list[tuple[Path, int]] = []
-        for label, name in enumerate(classes):
+        images: list[tuple[Path, str]] = []
+        for name in classes:
             require(is_unicode(name), f"{folder / name}: the name of this class is not UTF-8 text; rename the folder")
             files = sorted(folder / name / image for image, _ in walk_images(folder / name))
             require(bool(files), f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
-            images += [(file, label) for file in files]
-        super().__init__(folder, [file for file, _ in images], [label for _, label in images], names)
+            images += [(file, name) for file in files]
+        super().__init__(folder, images, classes, names=names)
 
     def where(self, index: int) -> str:
         return f"class folder {self.files[index].parent.name}"
@@ -310,9 +310,10 @@ class LabelledTable(ImageFiles):
         labels, classes = _resolve_labels(self.path, rows, None if names is None else list(names))
         self._numbers = [number for number, _, _ in rows]
         folder = Path(root).expanduser() if root else self.path.parent
-        super().__init__(folder, [image for _, image, _ in rows], labels, classes, [self.path])
-        if not os.path.isfile(self.files[0]):  # unlike the method, false for a name that is too long
-            raise InputError(f"{self.where(0)}: no such image file: {self.files[0]}; set root to their folder")
+        if not os.path.isfile(folder / rows[0][1]):  # unlike the method, false for a name that is too long
+            raise InputError(f"{self.where(0)}: no such image file: {folder / rows[0][1]}; set root to their folder")
+        images = [(image, label) for (_, image, _), label in zip(rows, labels, strict=True)]
+        super().__init__(folder, images, range(len(classes)), [self.path], classes)
 
     def where(self, index: int) -> str:
         return f"{self.path} row {self._numbers[index]}"

@@ -27,9 +27,8 @@ from .annotation_files import (
     read_table,
     read_text,
     read_words,
-    whole_number,
 )
-from .image_files import ImageFiles, KnownLabels, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
+from .image_files import ImageFiles, KnownLabels, TrainTest, TrainValTest, by_hash, labels_of
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [
@@ -47,20 +46,15 @@ LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
     """Stanford Cars: makes, models and years, listed in MATLAB files."""
-    folder = Path(root) / "stanford_cars"
-    train = split == "train"
+    folder, train = Path(root) / "stanford_cars", split == "train"
     path = folder / ("devkit/cars_train_annos.mat" if train else "cars_test_annos_withlabels.mat")
     (annotations,) = read_mat(path, "annotations")
     meta = folder / "devkit" / "cars_meta.mat"
-    class_names = [str(name) for name in read_mat(meta, "class_names")[0]]
-    labelled = {"fname", "class"} <= set(annotations.dtype.names or ())
-    require(labelled, f"{path}: no class labels in it; get the file with labels")
-    with reading(path, "list of cars and their classes", hint=AGAIN):
-        labels = [int(label) - 1 for label in annotations["class"]]
-    if not all(0 <= label < len(class_names) for label in labels):
-        raise InputError(f"{path}: a label is none of the {len(class_names)} classes of {meta}; get both again")
-    files = [f"{'cars_train' if train else 'cars_test'}/{name}" for name in annotations["fname"]]
-    return ListedImages(folder, files, labels, class_names, [path, meta])
+    names = [str(name) for name in read_mat(meta, "class_names")[0]]
+    with reading(path, "list of cars and their classes", hint="get the file with labels"):
+        cars = zip(annotations["fname"], map(int, annotations["class"]), strict=True)
+        rows = [(f"cars_{split}/{name}", number) for name, number in cars]
+    return ImageFiles(folder, rows, range(1, len(names) + 1), [path, meta], names)
 
 
 def Flowers102(root: str, split: TrainValTest = "test") -> ImageFiles:
@@ -72,13 +66,9 @@ def Flowers102(root: str, split: TrainValTest = "test") -> ImageFiles:
     (labels,) = read_mat(labels_path, "labels")
     (numbers,) = read_mat(path, {"train": "trnid", "val": "valid", "test": "tstid"}[split])
     with reading(path, "list of images with labels in imagelabels.mat", hint="get both again"):
-        wanted = [int(number) for number in numbers if int(number) == number]
-        classes = [int(labels[number - 1]) - 1 for number in wanted]
-    of_images = len(wanted) == len(numbers) and all(1 <= number <= len(labels) for number in wanted)
-    if not of_images or not all(0 <= label < len(Flowers.classes) for label in classes):
-        raise InputError(f"{path}: lists images that have no labels; get it and imagelabels.mat again")
-    files = [f"jpg/image_{number:05}.jpg" for number in wanted]
-    return ListedImages(folder, files, classes, list(Flowers.classes), [labels_path, path])
+        label_of = dict(enumerate(labels.tolist(), start=1))
+        rows = [(f"jpg/image_{number:05}.jpg", label_of[number]) for number in numbers.tolist()]
+    return ImageFiles(folder, rows, range(1, len(Flowers.classes) + 1), [labels_path, path], Flowers.classes)
 
 
 def VOC2007(root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> ImageFiles:
@@ -88,8 +78,8 @@ def VOC2007(root: str, split: Literal["train", "val", "trainval", "test"] = "tes
     images = read_lines(listed)
     annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
     relevance = torch.tensor([_relevance_of_classes(path) for path in annotations], dtype=torch.int8)
-    files, lists = [f"JPEGImages/{image}.jpg" for image in images], [listed, *annotations]
-    return ListedImages(folder, files, [-1] * len(files), list(VOC_CLASSES), lists, Truth(relevance=relevance))
+    rows = [(f"JPEGImages/{image}.jpg", None) for image in images]
+    return ImageFiles(folder, rows, VOC_CLASSES, [listed, *annotations], truth=Truth(relevance=relevance))
 
 
 def _relevance_of_classes(path: Path) -> list[int]:
@@ -127,21 +117,20 @@ def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
     images = _split_by_video(*mapping)[split]
     folder = raw / "training"
     annotations = [folder / "label_2" / f"{image:06}.txt" for image in images]
-    labels = [_closest_vehicle(path) for path in annotations]
     files = [f"image_2/{image:06}.png" for image in images]
-    return ListedImages(folder, files, labels, list(DISTANCES), [*mapping, *annotations])
+    rows = list(zip(files, map(_closest_vehicle, annotations), strict=True))
+    return ImageFiles(folder, rows, range(4), [*mapping, *annotations], DISTANCES)
 
 
 def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
     """Return each split's image numbers, ascending; no video is in two splits."""
-    rows = read_words(mapping, 3)  # day, video, frame
-    numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
-    lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
-    whole = len(lines) == len(numbers)
-    require(whole, f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
+    video_of_line = {line: video for line, (_, video, _) in enumerate(read_words(mapping, 3), start=1)}
+    lines = read_text(path).split(",")
+    with reading(path, "list of line numbers of train_mapping.txt", hint="get devkit_object.zip again"):
+        videos = [video_of_line[int(line)] for line in lines]
     of_video = defaultdict[str, list[int]](list)
-    for image, line in enumerate(lines):
-        of_video[rows[line][1]].append(image)
+    for image, video in enumerate(videos):
+        of_video[video].append(image)
     require(len(of_video) >= 3, f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
     count = max(1, len(of_video) // 10)
     generator = np.random.RandomState(123)  # TensorFlow Datasets' seed; numpy keeps this generator's output fixed
@@ -171,11 +160,8 @@ def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: 
     counts = {scene["image_filename"]: len(scene["objects"]) for scene in read_json(path, SCENES)["scenes"]}
     require(all(map(is_unicode, counts)), f"{path}: the name of an image is not text; {AGAIN}")
     require(len(counts) >= wanted, f"{path}: {len(counts)} scenes, not {wanted}; {AGAIN}")
-    names = sorted(by_hash(list(counts), seed)[:wanted])
-    for name in names:
-        require(counts[name] in COUNTS, f"{path}: {name} has {counts[name]} objects; CLEVR's images have 3 to 10")
-    labels = [COUNTS.index(counts[name]) for name in names]
-    return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])
+    rows = [(f"images/{part}/{name}", counts[name]) for name in sorted(by_hash(list(counts), seed)[:wanted])]
+    return ImageFiles(folder, rows, COUNTS, [path])
 
 
 def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
@@ -190,18 +176,12 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
         [row["it"] for row in read_table(path, {"it": [columns[path.name]]}, delimiter="\t")] for path in lists
     )
     folders.sort()
+    labels_of([path.partition("/")[0] for path in listed], folders, lists[1])  # also of images that are not there
     in_test = set(test)
-    label_of = {name: label for label, name in enumerate(folders)}
     images = find(folder, ["download/images", "images"], "folder of images")
-    files, labels = [], []
-    for path in listed:
-        species = path.split("/")[0]
-        if species not in label_of:
-            raise InputError(f"{lists[1]}: {path} is of no species in species.txt; get both again")
-        if (path in in_test) == (split == "test") and (images / path).is_file():
-            files.append((images / path).relative_to(folder).as_posix())
-            labels.append(label_of[species])
-    return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
+    chosen = [path for path in listed if (path in in_test) == (split == "test") and (images / path).is_file()]
+    rows = [(images / path, path.partition("/")[0]) for path in chosen]
+    return ImageFiles(folder, rows, folders, lists, [name.replace("_", " ") for name in folders])
 
 
 class Digits(KnownLabels):
@@ -240,8 +220,7 @@ def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
     path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
     rows = _digit_structs(path)
     names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
-    labels = labels_of([numeral for _, numeral in rows], names, path)
-    return ImageFiles(folder, [name for name, _ in rows], labels, names, [path])
+    return ImageFiles(folder, rows, names, [path])
 
 
 def _digit_structs(path: Path) -> list[tuple[str, str]]:
@@ -267,7 +246,6 @@ def _digit_structs(path: Path) -> list[tuple[str, str]]:
                 cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
             letters = read(h5py.h5r.dereference(name, file.id))
             rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
-    require(bool(rows), f"{path}: no images in it; get it again")
     require(all(is_unicode(name) for name, _ in rows), f"{path}: a name is not Unicode; get it again")
     return rows
 
@@ -287,10 +265,8 @@ def IIIT5K(root: str, split: TrainTest = "test", lexicon: Literal["small", "medi
         for row in structs:
             words = [str(word).upper() for word in np.atleast_1d(row[f"{lexicon}Lexi"])]
             rows.append((str(row["ImgName"]), str(row["GroundTruth"]).upper(), words))
-    require(bool(rows), f"{path}: no images in it; {AGAIN}")
     names = sorted({word for _, truth, words in rows for word in (truth, *words)})
     label_of = {word: label for label, word in enumerate(names)}
-    labels = [label_of[truth] for _, truth, _ in rows]
     candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
-    files = [name for name, _, _ in rows]
-    return ImageFiles(path.parent, files, labels, names, [path], Truth(candidates=candidates))
+    truth = Truth(candidates=candidates)
+    return ImageFiles(path.parent, [(name, word) for name, word, _ in rows], names, [path], truth=truth)

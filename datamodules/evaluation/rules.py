@@ -20,9 +20,7 @@ from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_json_lines, read_table, read_text
-from .image_files import ListedImages, by_hash, images_in, labels_of, subfolders
-
-Listing = dict[str, list[str]]  # the images of each class
+from .image_files import ImageFiles, by_hash, in_class_folders, subfolders
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def rules() -> dict[str, Rule]:
 
 def list_set(
     name: str, root: str, split: str = "", **options: int
-) -> tuple[Path, list[str], list[int], list[str], list[Path]]:
-    """Return a split's folder, files, labels, class names and annotations; the set's rule defines the options."""
+) -> tuple[Path, list[tuple[str, str]], list[str], list[Path], list[str]]:
+    """Return a split's folder, rows of file and class, classes, annotations and class names; see ``rules.yaml``."""
     rule = rules()[name]
     if rule.splits and split not in rule.splits:
         raise InputError(f"split: must be one of {', '.join(rule.splits)}, not {split!r}")
@@ -83,18 +81,15 @@ def list_set(
     rows = [row for path in lists for row in _rows(rule, path)]
     classes, annotations = _classes(rule, folder, images, rows)
     if not lists:
-        listing = {each: [f"{each}/{image}" for image in images_in(images / each)] for each in classes}
-        with naming(images):
-            chosen = DRAWN[name](listing, split, **options) if name in DRAWN else listing
-        rows = [(file, each) for each, files in chosen.items() for file in files]
-    labels = labels_of([each for _, each in rows], classes, [*lists, images][0])
+        rows = _in_folders(name, images, classes, split, options)
     names = imagenet_class_names() if rule.names == "imagenet" else rule.names or list(map(rule.name_of, classes))
-    return images, [rule.file.format(file=file) for file, _ in rows], labels, names, [*lists, *annotations]
+    rows = [(rule.file.format(file=file), each) for file, each in rows]
+    return images, rows, classes, [*lists, *annotations], names
 
 
 def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
     if path.suffix == ".json":
-        lists = read_json(path, Listing)
+        lists = read_json(path, dict[str, list[str]])
         return [(image, each) for each in sorted(lists) for image in lists[each]]
     if rule.columns:
         delimiter, file, label = rule.columns
@@ -137,36 +132,44 @@ def _classes(rule: Rule, folder: Path, images: Path, rows: list[tuple[str, str]]
     return sorted(classes, key=rule.name_of if rule.by_words else None), listed
 
 
-def _caltech101(listing: Listing, split: str, shots: int, seed: int) -> Listing:
+def _caltech101(files: list[str], split: str, shots: int, seed: int, **_: Any) -> list[str]:
     part = slice(shots) if split == "train" else slice(shots, None)
-    return {name: sorted(by_hash(files, seed)[part]) for name, files in listing.items()}
+    return by_hash(files, seed)[part]
 
 
-def _resisc45(listing: Listing, split: str, seed: int) -> Listing:
-    chosen = {}
-    for name, files in listing.items():
-        tenth = len(files) // 10
-        part = slice(tenth) if split == "train" else slice(tenth, 9 * tenth)
-        chosen[name] = sorted(by_hash(files, seed)[part])
-    return chosen
+def _resisc45(files: list[str], split: str, seed: int, **_: Any) -> list[str]:
+    tenth = len(files) // 10
+    part = slice(tenth) if split == "train" else slice(tenth, 9 * tenth)
+    return by_hash(files, seed)[part]
 
 
-def _eurosat(listing: Listing, split: str, sampled: int, seed: int) -> Listing:
-    generator, third = random.Random(seed), sampled // 3
+def _eurosat(files: list[str], split: str, sampled: int, generator: random.Random, **_: Any) -> list[str]:
+    name, third = files[0].partition("/")[0], sampled // 3
+    require(len(files) >= sampled, f"{name}: {len(files)} images, not {sampled}; unpack the archive again")
     start = ("train", "val", "test").index(split) * third
-    chosen = {}
-    for name in sorted(listing):
-        files = listing[name]
-        require(len(files) >= sampled, f"{name}: {len(files)} images, not {sampled}; unpack the archive again")
-        chosen[name] = sorted(generator.sample(files, sampled)[start : start + third])
-    return chosen
+    return generator.sample(files, sampled)[start : start + third]
 
 
-DRAWN: dict[str, Callable[..., Listing]] = {"Caltech101": _caltech101, "EuroSAT": _eurosat, "RESISC45": _resisc45}
+# Choose a split's images of a class, for a set without published splits.
+DRAWN: dict[str, Callable[..., list[str]]] = {"Caltech101": _caltech101, "EuroSAT": _eurosat, "RESISC45": _resisc45}
+
+
+def _in_folders(
+    name: str, images: Path, classes: list[str], split: str, options: dict[str, int]
+) -> list[tuple[str, str]]:
+    """List the images in the classes' folders; of a set without published splits, those that are drawn."""
+    if name not in DRAWN:
+        return in_class_folders(images, classes)
+    rows, generator = [], random.Random(options["seed"])
+    with naming(images):
+        for each in sorted(classes):
+            files = [file for file, _ in in_class_folders(images, [each])]
+            rows += [(file, each) for file in sorted(DRAWN[name](files, split, generator=generator, **options))]
+    return rows
 
 
 @cache
-def opener(name: str) -> Callable[..., ListedImages]:
+def opener(name: str) -> Callable[..., ImageFiles]:
     """Return the function that opens a set, with its rule's arguments."""
     rule, kind = rules()[name], Parameter.POSITIONAL_OR_KEYWORD
     parameters = [Parameter("root", kind, annotation=str)]
@@ -174,14 +177,14 @@ def opener(name: str) -> Callable[..., ListedImages]:
         splits = tuple(rule.splits)
         parameters.append(Parameter("split", kind, annotation=Literal[splits], default=splits[-1]))
     parameters += [Parameter(each, kind, annotation=int, default=default) for each, default in rule.options.items()]
-    signature = Signature(parameters, return_annotation=ListedImages)
+    signature = Signature(parameters, return_annotation=ImageFiles)
 
-    def open_set(*args: Any, **kwargs: Any) -> ListedImages:
+    def open_set(*args: Any, **kwargs: Any) -> ImageFiles:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        return ListedImages(*list_set(name, **given.arguments))
+        return ImageFiles(*list_set(name, **given.arguments))
 
-    hints = {each.name: each.annotation for each in parameters} | {"return": ListedImages}
+    hints = {each.name: each.annotation for each in parameters} | {"return": ImageFiles}
     vars(open_set)["__signature__"] = signature
     open_set.__name__, open_set.__doc__, open_set.__annotations__ = name, rule.doc, hints
     return open_set

@@ -5,7 +5,7 @@ The paper uses the middle frame (tables 10 and 11), or all frames (table 15).
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.reading import reason
 from .annotation_files import find, import_optional, number, read_table
-from .image_files import ImageFiles, TrainTest
+from .image_files import ImageFiles, TrainTest, labels_of
 from .rules import list_set
 
 Frames = Literal["centre", "all"]
@@ -93,17 +93,18 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
 class Videos(ImageFiles):
     """Labelled video files, or ``spans`` of them in seconds; the features of several frames are averaged.
 
-    ``listed`` are files and labels; a file that is not there is None, and is left out and counted.
+    ``listed`` are files and classes; a file that is not there is None, and is left out and counted.
     """
 
     def __init__(
         self,
         root: Path,
-        listed: Sequence[tuple[Path | None, int]],
-        class_names: list[str],
+        listed: Sequence[tuple[Path | None, Hashable]],
+        classes: Sequence[Hashable],
         annotations: Sequence[Path],
         frames: Frames,
         spans: Sequence[tuple[float, float]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         require(frames in ("centre", "all"), f"frames: must be 'centre' or 'all', not {frames!r}")
         self.frames: Frames = frames
@@ -115,8 +116,7 @@ class Videos(ImageFiles):
             raise MissingData(f"{root}: none of the {len(listed)} videos in the list exists; get them")
         if self.absent:
             rank_zero_info(f"{root}: left out {self.absent} of {len(listed)} videos, which are not there")
-        files = [file for file, _ in listed if file is not None]
-        super().__init__(root, files, [listed[row][1] for row in self.rows], class_names, annotations)
+        super().__init__(root, [(file, each) for file, each in listed if file is not None], classes, annotations, names)
 
     def check(self) -> None:
         """Do nothing: only reading the frames shows whether a file is a video."""
@@ -147,10 +147,11 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
     JumpingJack. In ``classInd.txt`` it is the other way round. ``fold`` is official split 1, 2 or 3.
     """
     require(fold in (1, 2, 3), f"fold: must be 1, 2 or 3, not {fold}")
-    _, listed, labels, names, annotations = list_set("UCF101", root, split, fold=fold)
+    _, rows, classes, annotations, names = list_set("UCF101", root, split, fold=fold)
+    labels_of([each for _, each in rows], classes, annotations[0])  # also of videos that are not there
     folder = find(Path(root), ("UCF-101", "UCF101"), "folder of videos")
-    files = [folder / video if os.path.isfile(folder / video) else None for video in listed]
-    return Videos(folder, list(zip(files, labels, strict=True)), names, annotations, frames)
+    listed = [(folder / video if os.path.isfile(folder / video) else None, each) for video, each in rows]
+    return Videos(folder, listed, classes, annotations, frames, names=names)
 
 
 def videos_below(folder: Path) -> dict[str, Path]:
@@ -179,8 +180,7 @@ def Kinetics700(root: str, split: str, frames: Frames = "centre") -> Videos:
     found = videos_below(find(folder, (split,), "folder of videos"))
     for name in list(found):  # a clip's name may end with its seconds; no two clips are of one video
         found.setdefault(re.sub(r"_\d{6}_\d{6}$", "", name), found[name])
-    label_of = {name: label for label, name in enumerate(names)}
-    listed = [(found.get(row["id"]), label_of[row["label"]]) for row in rows]
+    listed = [(found.get(row["id"]), row["label"]) for row in rows]
     return Videos(folder, listed, names, annotations, frames)
 
 
@@ -216,7 +216,7 @@ def RareAct(root: str, frames: Frames = "all") -> Videos:
     known = sorted(words) == list(range(len(words)))
     require(known, f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
     pairs = [words[label] for label in sorted(words)]
-    videos = Videos(Path(root), listed, [" ".join(pair) for pair in pairs], [table], frames, spans)
+    videos = Videos(Path(root), listed, sorted(words), [table], frames, spans, list(map(" ".join, pairs)))
     verbs, nouns = map(list, zip(*pairs, strict=True))
     kept, films = [codes[row] for row in videos.rows], [rows[row]["video_id"] for row in videos.rows]
     videos.truth = Truth(annotations={"verb": verbs, "noun": nouns, "annotation": kept, "video": films})

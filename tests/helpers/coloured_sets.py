@@ -137,24 +137,6 @@ def write_objectnet(root: Path) -> Path:
     return root
 
 
-def write_birdsnap(root: Path) -> Path:
-    """Write three unsorted species; one listed image is missing, and one more is not listed."""
-    (root / "download/images").mkdir(parents=True)
-    species = ["1\tCooper's Hawk\tAccipiter cooperii\tCoopers_Hawk", "2\tBlack Vulture\tx\tBlack_Vulture"]
-    species.append("3\tBlack-and-white Warbler\tx\tBlack_and_white_Warbler")
-    (root / "species.txt").write_text("\n".join(["id\tcommon\tscientific\tdir", *species]) + "\n")
-    listed = [f"{name}/{number}.jpg" for name in ("Coopers_Hawk", "Black_Vulture") for number in (1, 2, 3)]
-    listed.append("Black_and_white_Warbler/9.jpg")
-    (root / "images.txt").write_text("\n".join(["url\tmd5\tpath\tspecies_id", *(f"u\tm\t{x}\t1" for x in listed)]))
-    (root / "test_images.txt").write_text(
-        "path\nCoopers_Hawk/2.jpg\nCoopers_Hawk/3.jpg\nBlack_and_white_Warbler/9.jpg\n"
-    )
-    for number, name in enumerate([*listed, "Black_Vulture/unlisted.jpg"]):
-        if name != "Coopers_Hawk/3.jpg":
-            paint(root / "download/images" / name, number)
-    return root
-
-
 def colours_and_labels(images: LabelledImages) -> list[tuple[tuple[int, int, int], int]]:
     """Return the colour and the label of every image."""
     pairs: list[Any] = [images[index] for index in range(len(images))]

@@ -1,7 +1,4 @@
-"""Images that encode a number, and the rows that miniatures of data sets are expected to have.
-
-An image encodes its number in its width if it is a file, in its pixels if it is in an array.
-"""
+"""Rows that miniatures of data sets are expected to have, and images that encode a number, in files or in arrays."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,24 +6,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tests.helpers.coloured_sets import colour
+
 SIDES = (28, 32, 48, 96)  # pixel sizes of the images in arrays
 
 
 class Row(NamedTuple):
-    """An expected row: its key, its class name, and the number that its image encodes."""
+    """An expected row: its key, its label, and the number that its image encodes."""
 
     key: str
-    name: str
+    label: int
     number: int
 
 
 Rows = dict[str, list[Row]]
-
-
-def paint(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.RandomState(number).randint(0, 256, (6, 8 + number, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
 
 
 def pixels(number: int, side: int, channels: int) -> np.ndarray:
@@ -37,7 +30,7 @@ def pixels(number: int, side: int, channels: int) -> np.ndarray:
 def encodes(image: Image.Image, number: int) -> bool:
     if image.height in SIDES:
         return np.array_equal(np.asarray(image), pixels(number, image.width, len(image.getbands())))
-    return image.size == (8 + number, 6)
+    return image.convert("RGB").getpixel((1, 1)) == colour(number)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,8 +45,10 @@ def write_mat(path: Path, **values: Any) -> None:
     savemat(path, values)
 
 
-def paint_rows(root: Path, rows: Rows) -> Rows:
-    for rows_of_split in rows.values():
-        for row in rows_of_split:
-            paint(root / row.key, row.number)
-    return rows
+def structs(*rows: dict[str, Any]) -> np.ndarray:
+    """Return a struct array as MATLAB has it, with a row for each mapping; lists become cells."""
+    array = np.zeros((1, len(rows)), dtype=[(name, object) for name in rows[0]])
+    for place, row in enumerate(rows):
+        values = (np.array([value], dtype=object) if isinstance(value, list) else value for value in row.values())
+        array[0, place] = tuple(values)
+    return array

@@ -17,27 +17,21 @@ from torch.utils.data import DataLoader
 
 from datamodules import evaluation as sets
 from datamodules.evaluation.imagenet import imagenet_wnids
+from lit_clip.errors import InputError
 from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData
-from tests.helpers.coloured_sets import message_of, paint_shade, shade, write_tar
-from tests.helpers.miniature_arrays import EMOTION_NAMES, FACES, write_fer2013, write_stl10
-from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
-from tests.helpers.miniature_images import Row, Rows, encodes, paint, pixels, write_mat, write_text
-from tests.helpers.miniatures import MINIATURES, open_miniature
+from tests.helpers.coloured_sets import message_of, paint, paint_shade, shade, write_files, write_tar
+from tests.helpers.miniature_arrays import FACES, USAGES, write_fer2013
+from tests.helpers.miniature_images import Row, Rows, encodes, pixels, write_mat, write_text
+from tests.helpers.miniatures import MINIATURES, VOC_OBJECTS, open_miniature
 
 pytestmark = pytest.mark.usefixtures("_mat_read_here")
 
 
-DRAWN = ("caltech101", "eurosat")  # from all images of a folder, also those that are in no split
-
-
 def check_rows(images: LabelledImages, rows: list[Row]) -> None:
+    assert [(images.key(i), label) for i, label in enumerate(images.labels())] == [row[:2] for row in rows]
     assert len(images) == len(rows)
-    assert [images.key(i) for i in range(len(images))] == [row.key for row in rows]
     assert images.labels() == [images[i][1] for i in range(len(images))]
-    assert all(encodes(images[i][0], row.number) for i, row in enumerate(rows))
-    named = [(label, row.name) for label, row in zip(images.labels(), rows, strict=True) if row.name]
-    assert [images.class_names[label] for label, _ in named] == [name for _, name in named]
-    assert len(images.images(0)) == 1
+    assert all(encodes(images.images(i)[0], row.number) for i, row in enumerate(rows))
 
 
 @pytest.mark.parametrize("name", MINIATURES)
@@ -48,18 +42,24 @@ def test_splits_have_their_images_labels_and_keys(name: str, tmp_path: Path) -> 
     for split, rows in splits.items():
         images = open_miniature(miniature, root, split)
         check_rows(images, rows)
+        names = miniature.names if isinstance(miniature.names, dict) else dict(enumerate(miniature.names))
+        assert {label: images.class_names[label] for label in names} == names
+        assert isinstance(miniature.names, dict) or len(images.class_names) == len(names)
         stamps.add(images.stamp())
         pickled = pickle.dumps(images)
         assert len(pickled) < 20_000 + 300 * len(images)
         copy = pickle.loads(pickled)
         check_rows(copy, rows)
         assert (copy.class_names, copy.stamp()) == (images.class_names, images.stamp())
-        for path in {*images.annotation_paths, *images.image_paths()} if name not in DRAWN else ():
+        assert str(copy.truth) == str(images.truth)
+        for path in {*images.annotation_paths, *images.image_paths()} if not miniature.drawn else ():
             target = tmp_path / split / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        if name not in DRAWN:
+        if not miniature.drawn:
             check_rows(open_miniature(miniature, tmp_path / split, split), rows)
+    last = open_miniature(miniature, root, list(splits)[-1])
+    assert {name: getattr(last.truth, name) for name in miniature.truth} == miniature.truth
     assert len(stamps) == len(splits)
     for path in open_miniature(miniature, root, list(splits)[0]).image_paths():
         status = path.stat()
@@ -90,6 +90,22 @@ def test_missing_or_damaged_file_is_an_error_naming_it(name: str, tmp_path: Path
         assert path.name in message_of(lambda: open_miniature(miniature, tmp_path, "test"))
 
 
+MISTAKES = [(name, file) for name, miniature in MINIATURES.items() for file in miniature.mistakes]
+
+
+@pytest.mark.parametrize(("name", "file"), MISTAKES)
+def test_mistake_in_a_file_is_an_error_that_says_what_is_wrong(name: str, file: str, tmp_path: Path) -> None:
+    miniature = MINIATURES[name]
+    content, words = miniature.mistakes[file]
+    splits = miniature.write(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        write_files(tmp_path, {file: content})
+    kind = MissingData if content is None and not file.endswith(".jpg") else InputError
+    assert words in message_of(lambda: [open_miniature(miniature, tmp_path, split) for split in splits], kind)
+
+
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.torchvision])
 def test_torchvision_reads_the_same_images_and_classes(name: str, tmp_path: Path) -> None:
     miniature = MINIATURES[name]
@@ -111,7 +127,7 @@ def test_torchvision_reads_the_same_images_and_classes(name: str, tmp_path: Path
 
 def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> None:
     """A class with only difficult objects is not counted; torchvision's annotations are the reference."""
-    rows = write_voc2007(tmp_path)
+    rows = MINIATURES["voc2007"].write(tmp_path)
     for split in rows:
         images = sets.VOC2007(str(tmp_path), split)  # pyright: ignore[reportArgumentType]
         assert images.labels() == [-1] * len(rows[split])
@@ -132,7 +148,7 @@ def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> N
 
 
 def test_stl10_folds_are_read_from_its_file_and_share_the_test_images(tmp_path: Path) -> None:
-    rows = write_stl10(tmp_path)
+    rows = MINIATURES["stl10"].write(tmp_path)
     stamps = set()
     for fold in range(10):
         images = sets.STL10(str(tmp_path), "train", fold)
@@ -168,14 +184,15 @@ def test_forked_worker_opens_the_pixel_file_itself(name: str, tmp_path: Path, mo
 
 
 def test_fer2013_also_reads_icml_face_data_csv(tmp_path: Path) -> None:
-    rows = write_fer2013(tmp_path, "icml_face_data.csv")
+    rows = FACES
+    write_fer2013(tmp_path, rows, "icml_face_data.csv")
     for split in ("train", "val", "test"):
         images = sets.FER2013(str(tmp_path), split)
         check_rows(images, rows[split])
 
 
 def test_fer2013_face_with_too_few_pixels_is_an_error_naming_the_row(tmp_path: Path) -> None:
-    write_fer2013(tmp_path)
+    write_fer2013(tmp_path, FACES)
     path = tmp_path / "fer2013/fer2013.csv"
     lines = path.read_text().splitlines()
     lines[4] = "1,7 7 7,PrivateTest"
@@ -313,7 +330,7 @@ def test_classes_that_imagenet_lacks_and_missing_labels_are_errors(tmp_path: Pat
     assert "LOC_val_solution.csv" in message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
     write_solution(tmp_path, [*wnids[:-1], "n00000000"])
     assert "'n00000000' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path)))
-    write_imagenet(tmp_path / "folders")
+    MINIATURES["imagenet"].write(tmp_path / "folders")
     paint(tmp_path / "folders/val/n00000001/a.JPEG", 1)
     assert "'n00000001' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path / "folders")))
 
@@ -340,8 +357,7 @@ def write_timm_tars(root: Path, rows: Rows, canonical: Path, info: bool) -> None
 @pytest.mark.parametrize("info", [True, False])
 def test_timms_tar_files_have_the_keys_labels_and_order_of_class_folders(info: bool, tmp_path: Path) -> None:
     wnids = ["n01440764", "n01484850", "n15075141"]
-    rows: Rows = write_imagenet(tmp_path / "folders")
-    shutil.rmtree(tmp_path / "folders")
+    rows: Rows = dict(MINIATURES["imagenet"].rows)
     for split in rows:  # names that differ between classes, as ImageNet's do
         stem = "{}_{}" if split == "train" else "ILSVRC2012_val_{}{}"
         rows[split] = [
@@ -369,7 +385,7 @@ def test_tar_sample_whose_name_contradicts_its_label_is_an_error(tmp_path: Path)
     assert "validation" in message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
 
 
-KAGGLE_EMOTIONS = {"angry": "angry", "disgusted": "disgust", "happy": "happy", "neutral": "neutral"}
+EMOTIONS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")  # Kaggle's folders in label order
 
 
 def write_face_folders(root: Path) -> None:
@@ -377,20 +393,20 @@ def write_face_folders(root: Path) -> None:
     from PIL import Image
 
     for part in ("train", "test"):
-        for name in ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"):
+        for name in EMOTIONS:
             folder = root / part / name
             folder.mkdir(parents=True)
             usage = "Training" if part == "train" else "PrivateTest"
             Image.fromarray(pixels(100, 48, 1)).save(folder / f"{usage}_99999999.png")
-    for number, (emotion, usage) in enumerate(FACES):
-        folder = root / ("train" if usage == "Training" else "test") / KAGGLE_EMOTIONS[EMOTION_NAMES[emotion]]
-        Image.fromarray(pixels(number, 48, 1)).save(folder / f"{usage}_{10_000_000 + number}.png")
+    for split, row in ((split, row) for split, rows in FACES.items() for row in rows):
+        folder = root / ("train" if split == "train" else "test") / EMOTIONS[row.label]
+        Image.fromarray(pixels(row.number, 48, 1)).save(folder / f"{USAGES[split]}_{10_000_000 + row.number}.png")
 
 
 @pytest.mark.parametrize("place", ["fer2013", "."])
 def test_kaggles_folders_of_faces_have_the_challenges_splits(place: str, tmp_path: Path) -> None:
     """Its ``test`` folder has the images of two splits, which their names tell."""
-    write_fer2013(tmp_path / "table")
+    write_fer2013(tmp_path / "table", FACES)
     write_face_folders(tmp_path / "folders" / place)
     for split in ("train", "val", "test"):
         ours, expected = (sets.FER2013(str(tmp_path / layout), split) for layout in ("folders", "table"))

@@ -165,7 +165,7 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
 
 def test_videos_are_not_judged_as_image_files_before_training(ucf101: Path) -> None:
     videos = UCF101(str(ucf101), "test")
-    images = ImageFiles(videos.root, videos.files, videos.labels(), videos.class_names)
+    images = ImageFiles(videos.root, [(file, 0) for file in videos.files], [0])
     with pytest.raises(InputError, match="not an image"):
         images.check()  # what the videos inherit
     videos.check()
