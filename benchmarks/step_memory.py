@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.module import LitCLIP
-from lit_clip.training.param_groups import decay_groups
+from lit_clip.training.optimizers import decay_groups
 
 
 def batch_of(pairs: int, device: str, tokenize: Any) -> CaptionBatch:

@@ -41,7 +41,7 @@ from lit_clip import CLIP
 from lit_clip.distributed import RankCounts
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.config import height_width
-from lit_clip.training.param_groups import decay_groups
+from lit_clip.training.optimizers import decay_groups
 
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "ViT-tiny-8-64", "ViT-tiny-16-64", "RN-tiny-64")
 BATCHES = {"ViT-tiny-8-64": 128, "ViT-tiny-16-64": 128, "RN-tiny-64": 256}

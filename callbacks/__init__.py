@@ -1,7 +1,7 @@
 """Callbacks: everything that happens around a training step."""
 
 if __name__ == "callbacks":  # the folder of a clone
-    from lit_clip.tools.clone import share_modules
+    from lit_clip.tools.imports import share_modules
 
     share_modules(__name__)
 
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from lit_clip.errors import require
 from lit_clip.tools.guarded_output import log_above_bars, silence
-from lit_clip.tools.lazy_names import lazy_names
+from lit_clip.tools.imports import lazy_names
 from .non_finite import NonFiniteSteps
 from .preemption import Preemption
 from .print_results import PrintPlan, PrintResults

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_frozen_prefix
 from lit_clip.models.layers import TOWERS
+from lit_clip.models.running import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stored_rows import ABSENT

@@ -10,7 +10,7 @@ from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.index import nearest_others
 from lit_clip.embedding.reading import encoded_batches, in_batches
 from lit_clip.errors import require
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import whole_weights
 

@@ -28,7 +28,7 @@ from lit_clip.evaluation.before_after import (
 )
 from lit_clip.evaluation.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.tools.console import Console
 from lit_clip.tools.html import thumbnail

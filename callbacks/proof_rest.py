@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_clip.errors import require
-from lit_clip.evaluation.accuracy import ranks_of_labels
 from lit_clip.evaluation.before_after import Measured, retrieval_scores
 from lit_clip.evaluation.classification import embeddings, keys_of, targets_of
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.evaluation.targets import ranks_of_labels
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import instantiate

@@ -31,7 +31,7 @@ from lit_clip.evaluation.set_encoding import SetEncoder, SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import encode_set, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.images import OnError, or_skip

@@ -14,10 +14,9 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
-from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, fit
 from lit_clip.models.patches import as_image
 from lit_clip.module import Features
-from .log_image import log_image, shown_bands
+from .log_image import INK, MARGIN, PAPER, fit, log_image, shown_bands
 
 THUMBNAIL = 64  # pixels, of images in their own aspect ratio
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]

@@ -14,7 +14,6 @@ from lit_clip.evaluation.classification import nearest_classes
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.prompts import Prompts
-from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.suite import SuiteEntry, check_name
 from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.clip import CLIP
@@ -23,7 +22,7 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.weights.fingerprint import text_sha256
-from .log_image import log_image, shown_bands
+from .log_image import Prediction, log_image, prediction_grid, shown_bands
 from .suite_evaluation import SuiteEvaluation
 
 __all__ = ["ZeroShot", "ZeroShotSet"]

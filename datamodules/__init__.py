@@ -1,13 +1,13 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
 if __name__ == "datamodules":  # the folder of a clone
-    from lit_clip.tools.clone import share_modules
+    from lit_clip.tools.imports import share_modules
 
     share_modules(__name__)
 
 from typing import TYPE_CHECKING
 
-from lit_clip.tools.lazy_names import lazy_names
+from lit_clip.tools.imports import lazy_names
 
 if TYPE_CHECKING:
     from .caption_datamodule import CaptionDataModule

@@ -40,8 +40,7 @@ from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.image_captions import captions_per_image, chosen_pairs, joined
 from .pairs.kept import digest_of_kept
-from .pairs.reports import report_captions, report_images
-from .pairs.sentences import FittingCaptions
+from .pairs.reports import FittingCaptions, report_captions, report_images
 from .pairs.source import CaptionOptions, ImageOptions, PairSource
 from .pairs.stored_features import StoredPairs, WithStoredFeatures
 

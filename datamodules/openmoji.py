@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.own_files import default_cache_dir
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
 from .pairs.source import Pair, PairSource, Row

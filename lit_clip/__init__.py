@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_clip.tools.lazy_names import lazy_names
+from lit_clip.tools.imports import lazy_names
 from lit_clip.version import __version__
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
 from lit_clip.retrieval.retrieval_set import MEAN_RECALL, RetrievalSet, token_hashes
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
-from lit_clip.training.optimizers import Optimization, OptimizerFactory, PaperAdamW
-from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, Decays
+from lit_clip.training.optimizers import EXCEPT_GAINS_AND_BIASES, Decays, Optimization, OptimizerFactory, PaperAdamW
 from lit_clip.training.run_hooks import RunHooks
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.weights.checkpoints import saved_settings, typed_settings

@@ -136,7 +136,7 @@ def test_lines_are_those_of_the_table() -> None:
 
 
 def test_the_drawing_is_that_of_the_imports(tmp_path: Path) -> None:
-    # In a process of its own: here the three packages share modules (lit_clip/tools/clone.py).
+    # In a process of its own: here the three packages share modules (lit_clip/tools/imports.py).
     subprocess.run([sys.executable, "docs/images/house.py", tmp_path / "house.svg"], cwd=ROOT, check=True)
     drawn = (ROOT / "docs/images/house.svg").read_text(encoding="utf-8")
     assert drawn == (tmp_path / "house.svg").read_text(encoding="utf-8"), "run make house"

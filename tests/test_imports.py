@@ -56,7 +56,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__mod
 for name in sys.argv[1:]:
     importlib.import_module(name)
 import datamodules.captions, datamodules.pairs.source, lit_clip.datamodules.pairs.source
-import datamodules.pairs.coco, datamodules.pairs.decisions, datamodules.pairs.folder, datamodules.pairs.remote
+import datamodules.open_source, datamodules.pairs.decisions, datamodules.pairs.folder, datamodules.pairs.remote
 import datamodules.shards.pairs
 from callbacks.ema import EMA
 from lit_clip import callbacks

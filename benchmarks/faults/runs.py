@@ -213,9 +213,9 @@ def _lead(settings: Settings) -> None:
     if settings.store_timeout is not None:
         import aiohttp
 
-        from lit_clip.tools import stores
+        from lit_clip.tools import hub_client
 
-        stores.SILENT_SECONDS = settings.store_timeout  # pyright: ignore
+        hub_client.SILENT_SECONDS = settings.store_timeout  # pyright: ignore
         aiohttp.client.DEFAULT_TIMEOUT = aiohttp.ClientTimeout(total=settings.store_timeout)
     if settings.clock is not None:
         clock.follow_clock(settings.clock)

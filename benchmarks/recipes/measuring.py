@@ -16,7 +16,7 @@ from torch import Tensor
 from callbacks import ZeroShot
 from datamodules import OpenMojiClasses
 from lit_clip.commands.wise_ft import InterpolatedModels
-from lit_clip.evaluation.accuracy import accuracies, classification_counts
+from lit_clip.evaluation.targets import accuracies, classification_counts
 from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 

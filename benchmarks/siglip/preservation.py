@@ -31,7 +31,7 @@ from towers import Towers
 
 from lit_clip.distributed import RankCounts
 from lit_clip.losses.contrastive import contrastive_loss, unit
-from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, feature_distance
+from lit_clip.losses.weighted import ModelFeatures, blockwise_distillation, feature_distance
 
 Folders = tuple[Path, Path]
 Features = tuple[Tensor, Tensor]

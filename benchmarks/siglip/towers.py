@@ -11,8 +11,7 @@ from pairs import Data, Pairs
 from torch import Tensor, nn
 
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, unit
-from lit_clip.training.optimizers import PaperAdamW
-from lit_clip.training.param_groups import decay_groups
+from lit_clip.training.optimizers import PaperAdamW, decay_groups
 from lit_clip.training.schedules import warmup_cosine
 
 Start = Literal["siglip", "clip"]

@@ -29,14 +29,14 @@ from lit_clip.embedding.feature_files import (
 )
 from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.index import combined
-from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.claims import Share
 from lit_clip.tools.console import plural, stderr
+from lit_clip.tools.hardware import check_precision
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
-from lit_clip.tools.shares import Share
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.reading import read_text
 from ..open_source import holds_pairs
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs

@@ -10,10 +10,9 @@ from lit_clip.embedding.parts import Parts
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.html import page_path
-from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
 from ..inspection.page import Inspection, Summary, find_duplicates, summarize, write_inspection

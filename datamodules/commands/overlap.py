@@ -17,7 +17,6 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.embedding.encode import Encoding, EncodingSettings
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, row_means
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
@@ -29,7 +28,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
-from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hardware import Precision, autocast, best_device, check_precision
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import naming

@@ -6,11 +6,10 @@ from pathlib import Path
 from lit_clip.embedding.encode import EncodingSettings, check_complete, work_on
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, score_pairs, scores_of
-from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import require
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import stderr
-from lit_clip.tools.shares import Share
+from lit_clip.tools.hardware import check_precision
 from ..pairs.batches import SourcePairs
 from ..pairs.decisions import ALL_PAIRS, label_of
 from ..pairs.findings import DataOptions

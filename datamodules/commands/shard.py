@@ -4,10 +4,9 @@ from pathlib import Path
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
-from lit_clip.tools.shares import Share
 from ..pairs.findings import DataOptions
 from ..pairs.kept import digest_of_kept
 from ..pairs.source import COLUMNS, Columns

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, MissingData, PartOf
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.packaged import installed_file
+from lit_clip.tools.own_files import installed_file
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import convert, entries
 from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number

@@ -18,8 +18,7 @@ from lit_clip.models.preprocess import to_rgb
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.images import stored_image
 from lit_clip.tools.parts import instantiate
-from lit_clip.tools.reading import reading
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import read_yaml, reading
 from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_lines
 from .image_files import UnlabelledFiles, labels_of, refuse_no_folder

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import imagenet_class_names
-from lit_clip.tools.reading import naming
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import naming, read_yaml
 from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_json_lines, read_table, read_text
 from .image_files import ImageFiles, by_hash, in_class_folders, subfolders

@@ -8,8 +8,8 @@ from typing import TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.own_files import default_cache_dir
 
 Content = TypeVar("Content")
 

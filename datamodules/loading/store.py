@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools import stores
-from lit_clip.tools.stores import store_of
+from lit_clip.tools import hub_client
+from lit_clip.tools.hub_client import store_of
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _reason(error: BaseException) -> str:
     status, words = getattr(error, "status", None), " ".join(str(getattr(error, "message", "") or error).split())
     if isinstance(error, TimeoutError):
-        return f"no answer for {stores.SILENT_SECONDS:.0f} s"
+        return f"no answer for {hub_client.SILENT_SECONDS:.0f} s"
     return " ".join(filter(None, (f"HTTP {status}" if status else "", words[:200]))) or type(error).__name__
 
 

@@ -15,7 +15,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import pair_hash
-from lit_clip.tools.text_files import no_formula
+from lit_clip.tools.reading import no_formula
 from .decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
 from .source import COLUMNS, NO_CAPTION, Columns, PairSource
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
+from lit_clip.tools.own_files import default_cache_dir
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.augmentation import Augmentation, described_augmentation
 from ..loading.sampling import TrainingSample, sample_seed

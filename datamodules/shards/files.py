@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.stores import store_of
+from lit_clip.tools.hub_client import store_of
 from ..loading.store import Stamp, fetch, is_remote, retry
 from .index import INDEX_SUFFIX, MappedIndex, Summary, read_summary, scan_shard, write_index
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError
+from lit_clip.tools.own_files import default_cache_dir
 from lit_clip.tools.reading import read_at
 from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import Stamp, is_remote, stamp_of

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import read_yaml
 from lit_clip.training.lightning.checkpoint_io import newest_checkpoint, passed_over
 from lit_clip.training.lightning.run_folder import CONFIG
 

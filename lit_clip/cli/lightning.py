@@ -26,12 +26,11 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import how_to_import
 from lit_clip.module import LitCLIP
 from lit_clip.tools.class_paths import find_object, short_names
-from lit_clip.tools.hardware import computes_in_bfloat16
+from lit_clip.tools.hardware import computes_in_bfloat16, keep_freed_memory
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.untrusted import class_paths_within
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
-from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.fsdp import gets_weights

@@ -27,9 +27,9 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
 from lit_clip.tools.class_paths import find_object, import_listed, import_modules
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
-from lit_clip.tools.packaged import configuration_path
+from lit_clip.tools.own_files import configuration_path
 from lit_clip.tools.parts import qualified_name
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import read_yaml
 from lit_clip.tools.untrusted import shortened
 
 CONFIG = ("-c", "--config")

@@ -16,8 +16,7 @@ from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.thresholds import check_names
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.images import OnError
-from lit_clip.tools.reading import reading
-from lit_clip.tools.text_files import from_cell, read_text
+from lit_clip.tools.reading import from_cell, read_text, reading
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SEPARATOR = ";"  # of an image's classes in a table

@@ -29,7 +29,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import write_page
 from lit_clip.tools.images import OnError
-from lit_clip.tools.text_files import no_formula
+from lit_clip.tools.reading import no_formula
 
 LABEL_NEXT = Path("label_next.csv")
 

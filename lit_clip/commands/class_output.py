@@ -23,7 +23,7 @@ from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, progress, stderr, write_results
 from lit_clip.tools.html import write_page
-from lit_clip.tools.text_files import no_formula
+from lit_clip.tools.reading import no_formula
 
 TEMPLATE = Path(__file__).parent / "templates" / "classify.html"
 WRONG = 120  # images on the page, the most confidently wrong ones

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.image_files import ImageFile
-from lit_clip.embedding.precision import autocast
 from lit_clip.embedding.reading import check_finite
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress
+from lit_clip.tools.hardware import autocast
 from lit_clip.tools.images import OnError
 
 

@@ -19,7 +19,6 @@ from lit_clip.commands.class_output import NO_TRUTH, Judge, Output, RankedClass,
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource
 from lit_clip.embedding.encode import Encoding, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
-from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.reading import (
     UnreadableRow,
     check_finite,
@@ -34,10 +33,10 @@ from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hardware import best_device, check_precision
 from lit_clip.tools.html import page_path
 from lit_clip.tools.images import OnError, or_skip
-from lit_clip.tools.text_files import read_text, read_yaml
+from lit_clip.tools.reading import read_text, read_yaml
 
 ENCODING, SHEET = Encoding(), "classify.html"
 NO_LINES = (".json", ".yaml", ".yml")  # files in which names stand between other signs

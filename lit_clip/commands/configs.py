@@ -4,8 +4,8 @@ from itertools import takewhile
 
 from lit_clip.errors import require
 from lit_clip.tools.console import write_results
-from lit_clip.tools.packaged import CONFIGS, SUITES, packaged_file
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.own_files import CONFIGS, SUITES, packaged_file
+from lit_clip.tools.reading import read_text
 
 TITLES = {CONFIGS: "Configurations (--config NAME)", SUITES: "Suites of evaluation sets (--suite NAME)"}
 

@@ -8,7 +8,6 @@ from typing import Any, get_args
 from lit_clip import distributed, load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.embedding.encode import EncodingSettings, claimed_by_first
-from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.classification import ClassHead, TaskOptions
@@ -23,6 +22,7 @@ from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import check_precision
 from lit_clip.tools.hashing import sha256_of_file
 
 ENCODING = EncodingSettings()

@@ -22,8 +22,7 @@ from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import ExportSample, Parity, check_onnx_packages, parity_of, write_onnx
 from lit_clip.weights.formats import FORMATS, FormatName, OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
 from lit_clip.weights.load import load_model
-from lit_clip.weights.model_card import ExportedSource, model_card
-from lit_clip.weights.push import find_repository, upload
+from lit_clip.weights.publish import ExportedSource, find_repository, model_card, upload
 
 TALKATIVE = ("", "torch.onnx", "onnxscript", "transformers")  # loggers of what only these libraries can act on
 

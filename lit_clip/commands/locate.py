@@ -28,7 +28,7 @@ from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, image_for_model, or_skip, png_program
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.reading import read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
 JSON, PAGE, SKIPPED = "locations.json", "locate.html", "skipped.txt"

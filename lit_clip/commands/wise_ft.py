@@ -11,22 +11,20 @@ from torch import Tensor
 
 from lit_clip.embedding.encode import Encoding, check_complete
 from lit_clip.embedding.feature_files import check_output
-from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, encoded_batches, image_features
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.set_encoding import SetRows
+from lit_clip.evaluation.targets import accuracies, classification_counts
 from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, stderr
-from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hardware import autocast, best_device, check_precision
 from lit_clip.tools.images import or_skip
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
-from lit_clip.tools.reading import naming
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import naming, read_yaml
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model

@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 from lit_clip import distributed
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.parts import Arrays, Parts
-from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.embedding.reading import (
     Batches,
     Encode,
@@ -40,12 +39,11 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.hardware import Precision, autocast, keep_freed_memory
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
-from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import Mapped, loader, workers_for_images
-from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from lit_clip.weights.load import load_model

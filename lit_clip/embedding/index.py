@@ -19,11 +19,11 @@ from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
-from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.own_files import default_cache_dir
 from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.claims import Share
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
-from lit_clip.tools.shares import Share
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
-from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
+from lit_clip.tools.hardware import Precision, autocast
 from lit_clip.tools.workers import loader
 
 Encode = Callable[[Tensor], Tensor]  # inputs on the model's device, [B, ...] -> features [B, ...]

@@ -27,7 +27,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.option_errors import imported_class
 from lit_clip.tools.parts import instantiate, unwrapped
-from lit_clip.tools.text_files import parse_yaml, write_csv
+from lit_clip.tools.reading import parse_yaml, write_csv
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

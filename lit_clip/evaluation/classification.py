@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError, listed, require
-from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.class_head import MOST_FITS
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
 from lit_clip.evaluation.data import ImageSet, LabelledImages
@@ -39,7 +38,7 @@ from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, among, train
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
 from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import Task
-from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.targets import Targets, predictions
 from lit_clip.evaluation.thresholds import thresholds_entry
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.atomic import make_folder, replacing

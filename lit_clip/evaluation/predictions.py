@@ -16,17 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.intervals import Interval, UnitScores
 from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.scores import METRICS
-from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.targets import Targets, predictions
 from lit_clip.retrieval.metrics import PairIndices, Ranks
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.images import open_image
-from lit_clip.tools.reading import reading
-from lit_clip.tools.text_files import write_csv
+from lit_clip.tools.reading import reading, write_csv
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
 PART = 2**22  # probabilities computed at once

@@ -25,8 +25,8 @@ from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, i
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.packaged import installed_file
-from lit_clip.tools.text_files import read_json, read_yaml
+from lit_clip.tools.own_files import installed_file
+from lit_clip.tools.reading import read_json, read_yaml
 from lit_clip.tools.untrusted import shortened
 from lit_clip.weights.fingerprint import text_sha256
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip.models.registry import papers_models
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import read_yaml
 
 PAPER = "Radford et al. 2021"
 PREFIXES = ("wds", "datacomp")  # of the names of CLIP_benchmark's and DataComp's sets

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
-from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
 from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import TaskOptions, class_names
@@ -27,6 +26,7 @@ from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.tasks import PARTS, encode_set, target_digests, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
+from lit_clip.tools.hardware import autocast
 
 
 @dataclass

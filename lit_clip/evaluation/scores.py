@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.accuracy import (
+from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.targets import (
+    Targets,
     accuracies,
     baseline_accuracies,
     classification_counts,
@@ -24,8 +26,6 @@ from lit_clip.evaluation.accuracy import (
     ranks_of_labels,
     within,
 )
-from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.targets import Targets
 
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 

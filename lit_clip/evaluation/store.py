@@ -29,8 +29,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
-from lit_clip.tools.reading import check_is_file, reading
-from lit_clip.tools.text_files import read_json
+from lit_clip.tools.reading import check_is_file, read_json, reading
 from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")

@@ -13,7 +13,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.packaged import installed_file
+from lit_clip.tools.own_files import installed_file
 from lit_clip.tools.untrusted import shortened
 
 IMAGENET = "imagenet"

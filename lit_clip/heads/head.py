@@ -21,7 +21,7 @@ from lit_clip.evaluation.thresholds import check_names
 from lit_clip.evaluation.zero_shot import check_templates
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.reading import naming, reading

@@ -15,8 +15,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.prompts import paper_class_names
 from lit_clip.locating.regions import Region, background_level, find_regions
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.heat_maps import map_of, place_cosines
+from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.images import image_for_model
 
 FALSE_ALARMS = 0.05

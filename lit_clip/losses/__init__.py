@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 from lit_clip.losses.loss import Loss, LossValue, Pairs, WholeBatch
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
-from lit_clip.tools.lazy_names import lazy_names
+from lit_clip.tools.imports import lazy_names
 
 if TYPE_CHECKING:
-    from lit_clip.losses.alignment import Alignment
     from lit_clip.losses.combined import Matryoshka, Sum
+    from lit_clip.losses.pairwise import Alignment
     from lit_clip.losses.weighted import WeightedContrastive
 
 __all__ = [

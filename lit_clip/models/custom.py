@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.models.size import height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
 from lit_clip.models.transformer import ImageEncoder, is_traced

@@ -17,7 +17,7 @@ from lit_clip.models.config import HuggingFaceImageConfig, HuggingFaceTextConfig
 from lit_clip.models.external_config import IMAGE_CLASSES, TEXT_CLASSES
 from lit_clip.models.external_settings import check_text_only, timm_hub_weights, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
-from lit_clip.models.partial_forward import PartialForward, starting_at
+from lit_clip.models.running import PartialForward, starting_at
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import ImageEncoder, is_traced
 from lit_clip.tools.hardware import to_device

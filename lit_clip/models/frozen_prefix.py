@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
-from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.layers import Tower, tower_blocks, tower_encoder, tower_parameters
-from lit_clip.models.partial_forward import PartialForward, starting_at
+from lit_clip.models.running import PartialForward, evaluation_mode, starting_at
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
-from lit_clip.tools.text_files import parse_yaml
+from lit_clip.tools.reading import parse_yaml
 
 # Tables 19 and 20 of the paper. Its activation is QuickGELU; open_clip's names without -quickgelu mean GELU.
 _PAPER = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336"]

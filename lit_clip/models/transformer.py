@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
 from lit_clip.models.packing import Layout, pack
-from lit_clip.models.partial_forward import PartialForward
+from lit_clip.models.running import PartialForward
 
 
 class QuickGELU(nn.Module):

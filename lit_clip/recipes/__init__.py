@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
-from lit_clip.tools.lazy_names import lazy_names
+from lit_clip.tools.imports import lazy_names
 
 if TYPE_CHECKING:
     from lit_clip.recipes.pretrained_encoders import PretrainedEncoders

@@ -7,7 +7,6 @@ from typing import NamedTuple, cast
 
 import torch
 
-from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.layers import layer_groups
@@ -15,10 +14,9 @@ from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.retrieval.retrieval_set import are_kinds
 from lit_clip.tools.console import duration
-from lit_clip.tools.hardware import best_device, computes_in_bfloat16
+from lit_clip.tools.hardware import Precision, best_device, computes_in_bfloat16, keep_freed_memory
 from lit_clip.tools.untrusted import from_plain
 from lit_clip.training.frozen_features import versions_of
-from lit_clip.training.kept_memory import keep_freed_memory
 
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]
 DEEP = Freeze(UnlockLast(7), UnlockLast(1), batch_norm=True)  # for names of kinds, if there is time for all steps

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.finetuning import Freeze, frozen_names
 from lit_clip.models.frozen_prefix import FrozenPrefix, image_features_from, text_features_from, use_frozen_prefix
 from lit_clip.models.layers import TOWERS
+from lit_clip.models.running import evaluation_mode
+from lit_clip.tools.hardware import Precision, autocast
 from lit_clip.training.frozen_features import Encoding
 
 AT_ONCE, TEXTS = 32, 128  # images that are encoded at once, and captions: those of one length are

@@ -1,11 +1,15 @@
-"""Capabilities of this machine, and memory use of this process."""
+"""Capabilities of this machine: devices, precisions by Lightning's names, memory of this process."""
 
+import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lit_clip.errors import require
 
 
 def best_device() -> torch.device:
@@ -71,3 +75,42 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Make this process and its forks keep the memory they free, if they compute on the CPU.
+
+    glibc returns the memory of large tensors, so that the next ones are new pages, which the system clears and maps one
+    by one. Without glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and device.type == "cpu":
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(M_MMAP_MAX, 0)  # no large blocks outside the heap
+
+
+Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
+"""float32, or matrix products under autocast with float32 weights."""
+
+_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def check_precision(precision: Precision, accelerator: str = "auto") -> None:
+    """Refuse a precision that the device lacks; warn if it is emulated. ``accelerator`` is Lightning's name."""
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
+    require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
+    if precision == "bf16-mixed" and computes_in_bfloat16(accelerator) is False:
+        from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
+
+        rank_zero_warn(
+            "--precision bf16-mixed: emulated on this processor, which has no bfloat16 instructions, and slower than "
+            "32-true"
+        )
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the autocast context for encoding; ``32-true`` keeps the surrounding context, such as a trainer's."""
+    return nullcontext() if precision == "32-true" else torch.autocast(device.type, _DTYPES[precision])

@@ -1,4 +1,4 @@
-"""Check names from a hub, a store or a listing before they become a path; guard huggingface_hub's client.
+"""Open stores; check names from one, a hub or a listing before they become a path; guard huggingface_hub's client.
 
 huggingface_hub 2.4 names files in its cache after the ETag and the commit that a server sends, unchecked. transformers,
 timm, open_clip and fsspec's ``hf://`` use the same client.
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
+
+import fsspec
 
 from lit_clip.errors import UNPRINTABLE, InputError, require
 from lit_clip.tools.reading import first_line
@@ -110,3 +112,35 @@ def is_relative(value: object) -> bool:
     if not isinstance(value, str) or "\\" in value or UNPRINTABLE.search(value) or "\n" in value or "\t" in value:
         return False
     return all(part not in ("", ".", "..") and len(part.encode()) <= LONGEST_PART for part in value.split("/"))
+
+
+# Others of fsspec's protocols read what a file names, unpack archives, or log in somewhere.
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory", "file")
+# the option of each store's client that its web session is made with
+SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs", "gcs": "session_kwargs"}
+SILENT_SECONDS = 60.0  # after which a web server that sends nothing counts as one that does not answer
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
+    protocol = url.partition("://")[0]
+    known = protocol in PROTOCOLS and "::" not in url
+    require(known, f"{url}: files are read from s3://, gs://, az://, abfs://, hf:// and https:// alone; copy it there")
+    options: dict[str, Any] = {}
+    if protocol in SESSIONS:
+        options[SESSIONS[protocol]] = _session_options()
+    if protocol == "hf":
+        guard_hub()
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: {' '.join(str(error).split())}") from error
+
+
+def _session_options() -> dict[str, Any]:
+    """Return options of a web session: files arrive as stored, without a time limit."""
+    import aiohttp
+
+    # aiohttp's own limit is on the whole transfer, and a shard may take longer than that.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+    return {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.models.size import height_width
 from lit_clip.training.encode_again import EncodesAgain
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError, require
-from lit_clip.losses.distillation import feature_distance
 from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.losses.weighted import feature_distance
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
-from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.hardware import to_device
 from lit_clip.training.encode_again import EncodesAgain

@@ -13,7 +13,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer, byte_pair_tokenizer
-from lit_clip.tools import text_files
+from lit_clip.tools import reading
 
 FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 # Defaults of their image processors, for entries that a file leaves out.
@@ -135,7 +135,7 @@ def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raise :class:`InputError` for anything else."""
-    values = text_files.read_json(path)
+    values = reading.read_json(path)
     require(isinstance(values, dict), f"{path}: not a JSON object")
     return values
 

@@ -91,7 +91,7 @@ def _load(
     context_length: int | None,
     above: tuple[Path, ...] = (),  # checkpoints of LoRAs whose base this is
 ) -> CLIP:
-    from lit_clip.weights.open_clip_runs import architecture_by_shapes
+    from lit_clip.weights.open_clip import architecture_by_shapes
     from lit_clip.weights.sources import check_same, open_weights
 
     expected = None if architecture is None else resolve_architecture(architecture)
@@ -302,7 +302,7 @@ def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_file(Path(source)), str(source)
     else:
-        from lit_clip.tools.stores import store_of
+        from lit_clip.tools.hub_client import store_of
 
         is_open = hasattr(source, "read")
         name = str(getattr(source, "name", "checkpoint") if is_open else source)

@@ -41,7 +41,7 @@ from lit_clip.tools.weight_files import (
 from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
 from lit_clip.weights.hugging_face_processor import read_json
-from lit_clip.weights.open_clip_runs import run_architecture
+from lit_clip.weights.open_clip import run_architecture
 
 LONG_CLIP_POSITIONS = "positional_embedding_res"  # the second of two tables, which no other model has
 HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where open_clip does not look

@@ -31,8 +31,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
-from lit_clip.training.optimizers import PaperAdamW, obeys_found_inf
-from lit_clip.training.param_groups import decay_groups
+from lit_clip.training.optimizers import PaperAdamW, decay_groups, obeys_found_inf
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.callbacks.test_preemption import SignalAt
 from tests.conftest import without_packaged_defaults

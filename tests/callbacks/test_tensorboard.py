@@ -14,11 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, Throughput, TrainingMonitor, ZeroShot, ZeroShotSet
+from callbacks.log_image import Prediction, prediction_grid
 from callbacks.tensorboard import _thumbnails, similarity_matrix
 from datamodules import Captions, OpenMojiClasses
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
-from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.training.schedules import WarmupCosine

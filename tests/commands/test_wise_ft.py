@@ -17,12 +17,12 @@ from sklearn.metrics import accuracy_score
 import lit_clip
 from lit_clip.commands.wise_ft import InterpolatedModels, best_alpha, evaluate_line, save, wise_ft
 from lit_clip.embedding.encode import Encoding
-from lit_clip.embedding.precision import Precision
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.zero_shot import LabelledImages, ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.module import LitCLIP
+from lit_clip.tools.hardware import Precision
 
 ALPHAS = [0.0, 0.25, 1.0]
 

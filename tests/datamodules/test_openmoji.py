@@ -14,7 +14,7 @@ from datamodules import OpenMoji, OpenMojiClasses
 from datamodules.openmoji import Emoji, draw, held_out, read_table
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import decode
-from lit_clip.tools.cache_folder import default_cache_dir
+from lit_clip.tools.own_files import default_cache_dir
 
 EMOJI = read_table()
 ROW = {emoji.name: row for row, emoji in enumerate(EMOJI)}

@@ -14,16 +14,16 @@ from PIL import EpsImagePlugin, Image
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding import precision
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import find_images, images_in
-from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
+from lit_clip.tools import hardware
+from lit_clip.tools.hardware import autocast, check_precision
 from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, open_image
 from tests.conftest import lit_clip_command
 from tests.datamodules.pairs.test_folder import deep
@@ -286,7 +286,7 @@ def test_folder_that_cannot_be_read_is_an_error_or_counted(
 def test_emulated_bfloat16_is_one_line(
     has_instructions: bool | None, lines: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(precision, "computes_in_bfloat16", lambda accelerator: has_instructions)
+    monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda accelerator: has_instructions)
     check_precision("32-true", "cpu")
     assert not recwarn
     check_precision("bf16-mixed", "cpu")
@@ -301,7 +301,7 @@ def test_emulated_bfloat16_is_one_line(
 def test_float16_is_refused_where_the_cpu_computes(
     accelerator: str, device: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "best_device", lambda: torch.device(device))
+    monkeypatch.setattr(hardware, "best_device", lambda: torch.device(device))
     if not refused:
         check_precision("16-mixed", accelerator)
         return

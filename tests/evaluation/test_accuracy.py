@@ -15,10 +15,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation import accuracy as module
 from lit_clip.evaluation import predictions as confusions
-from lit_clip.evaluation.accuracy import accuracies, baseline_accuracies, classification_counts
+from lit_clip.evaluation import targets as module
 from lit_clip.evaluation.bias import bias_report, bias_texts
+from lit_clip.evaluation.targets import accuracies, baseline_accuracies, classification_counts
 
 
 def sorted_ranks(scores: Tensor, labels: Tensor) -> list[int]:

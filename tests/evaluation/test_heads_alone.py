@@ -30,8 +30,8 @@ from lit_clip.evaluation.targets import Targets
 from lit_clip.losses import Contrastive
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
-from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.running import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.metrics import PairIndices
 from lit_clip.training.optimizers import PaperAdamW

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from callbacks.log_image import Prediction, prediction_grid
 from lit_clip.errors import InputError
 from lit_clip.evaluation.comparison import PairedDifference
 from lit_clip.evaluation.overview import group_means, rows
@@ -29,7 +30,6 @@ from lit_clip.evaluation.report.charts import (
     short_name,
 )
 from lit_clip.evaluation.report.page import TEMPLATE, few_shot_chart, report_values, set_section, write_report
-from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.run_page import write_run_page
 from lit_clip.evaluation.report.tables import write_tables, write_tensorboard
@@ -37,7 +37,7 @@ from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.models.registry import papers_models, resolve_architecture
 from lit_clip.tools.html import render
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.reading import read_yaml
 
 SUITE = Path(__file__).parents[2] / "configs" / "evaluation" / "paper.yaml"
 SHOWN = Path(__file__).with_name("shown.txt")

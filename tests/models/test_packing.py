@@ -15,7 +15,7 @@ from lit_clip import CLIP
 from lit_clip.models import packing, transformer
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.packing import Layout, length_groups, pack
-from lit_clip.models.partial_forward import PartialForward
+from lit_clip.models.running import PartialForward
 from lit_clip.models.transformer import TextTransformer
 from tests.helpers.towers import TEXTS, save_family, text_model
 

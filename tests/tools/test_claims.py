@@ -8,8 +8,7 @@ import pytest
 from filelock import FileLock
 
 from lit_clip.errors import InputError
-from lit_clip.tools.claims import claim, claimed
-from lit_clip.tools.shares import Share
+from lit_clip.tools.claims import Share, claim, claimed
 from tests.helpers import forks
 
 PROCESSES, TIMES = 3, 8

@@ -11,8 +11,7 @@ import pytest
 
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
-from lit_clip.tools.reading import LONGEST_REASON, naming, reading
-from lit_clip.tools.text_files import read_json, read_text, read_yaml
+from lit_clip.tools.reading import LONGEST_REASON, naming, read_json, read_text, read_yaml, reading
 from lit_clip.tools.untrusted import convert
 
 

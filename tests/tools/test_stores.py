@@ -18,7 +18,7 @@ from PIL import Image
 from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
 from lit_clip.errors import InputError
-from lit_clip.tools.stores import PROTOCOLS, store_of
+from lit_clip.tools.hub_client import PROTOCOLS, store_of
 from lit_clip.weights.load import open_checkpoint
 
 MB = 1 << 20

@@ -14,7 +14,7 @@ import torch
 from lit_clip.cli.lightning import run
 from lit_clip.embedding.encode import make_trainer
 from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.training import kept_memory
+from lit_clip.tools import hardware
 
 def pages():
     '''Pages that the system had to provide for ten tensors of 64 MiB, one after another.'''
@@ -39,7 +39,7 @@ EMBED = "make_trainer(EncodingSettings(accelerator='cpu'))"
     [
         (FIT, True),
         pytest.param(EMBED, True, marks=pytest.mark.slow),
-        ("kept_memory.keep_freed_memory(torch.device('cuda'))", False),
+        ("hardware.keep_freed_memory(torch.device('cuda'))", False),
     ],
     ids=["fit", "embed", "not on a CPU"],
 )

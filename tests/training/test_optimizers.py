@@ -27,8 +27,14 @@ from torch.optim.lr_scheduler import (
 
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
-from lit_clip.training.optimizers import Optimization, PaperAdamW, state_per_weight
-from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, ExceptGainsAndBiases, decay_groups
+from lit_clip.training.optimizers import (
+    EXCEPT_GAINS_AND_BIASES,
+    ExceptGainsAndBiases,
+    Optimization,
+    PaperAdamW,
+    decay_groups,
+    state_per_weight,
+)
 from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay, create_schedule
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.ranks_optimizers import CASES, OPTIMIZERS, STEPS

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.param_groups import decay_groups
+from lit_clip.training.optimizers import decay_groups
 from lit_clip.training.schedules import warmup_cosine
 
 LEARNING_RATE, WEIGHT_DECAY, WARMUP, STEPS = 1e-3, 0.2, 5, 30

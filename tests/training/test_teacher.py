@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-import lit_clip.losses.distillation
+import lit_clip.losses.weighted
 from callbacks import EMA
 from lit_clip import load_model
 from lit_clip.batch import CaptionBatch
@@ -25,8 +25,8 @@ from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, distillation_loss, feature_distance
 from lit_clip.losses.loss import Pairs
+from lit_clip.losses.weighted import ModelFeatures, blockwise_distillation, distillation_loss, feature_distance
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
@@ -87,7 +87,7 @@ def teacher_of(module: LitCLIP) -> Teacher:
 def test_blockwise_loss_and_gradients_equal_those_of_all_logits_at_once(
     pairs: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", logits)
+    monkeypatch.setattr(lit_clip.losses.weighted, "LOGITS", logits)
     results = []
     for blockwise in (True, False):
         generator = torch.Generator().manual_seed(3)
@@ -151,7 +151,7 @@ def test_without_a_name_the_teacher_is_the_model_before_also_on_resume(
 
 
 def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", 1000)
+    monkeypatch.setattr(lit_clip.losses.weighted, "LOGITS", 1000)
     generator = torch.Generator().manual_seed(3)
     image, text = (unit(torch.randn(200, 4, generator=generator)).requires_grad_() for _ in range(2))
     scale = torch.tensor(10.0)

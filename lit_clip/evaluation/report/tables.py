@@ -22,7 +22,7 @@ from lit_clip.evaluation.overview import (
 )
 from lit_clip.evaluation.report.results_table import Cell, Groups, result_columns
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.text_files import write_csv
+from lit_clip.tools.reading import write_csv
 
 Results = Mapping[str, Any]
 MEAN = "mean"  # of a group of sets

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from datamodules import Captions, Columns
+from datamodules.commands.mine import MiningWindow, hard_negatives
 from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
-from datamodules.pairs.mining import MiningWindow, hard_negatives
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError

@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr("datamodules.loading.store.time.sleep", waited.append)
-    monkeypatch.setattr("lit_clip.tools.stores.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("lit_clip.tools.hub_client.SILENT_SECONDS", 0.5)
     return waited
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from datamodules import Captions
 from datamodules.open_source import open_source
-from datamodules.pairs.reports import caption_statistics, report_captions
-from datamodules.pairs.sentences import FittingCaptions, fitting, sentences
+from datamodules.pairs.reports import FittingCaptions, caption_statistics, fitting, report_captions, sentences
 from datamodules.pairs.source import CaptionOptions, Rows
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError

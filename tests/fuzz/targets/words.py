@@ -10,7 +10,7 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTran
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID, CLIPTokenizer
 from lit_clip.weights.export import Parity
-from lit_clip.weights.model_card import ExportedSource, model_card
+from lit_clip.weights.publish import ExportedSource, model_card
 from tests.fuzz.inputs import Input, Target, texts
 
 SLOW = 3.0  # seconds of the processor for one caption

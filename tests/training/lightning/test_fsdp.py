@@ -20,8 +20,7 @@ from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.training.lightning.fsdp import _check, whole_weights
-from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
-from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
+from lit_clip.training.optimizers import EXCEPT_GAINS_AND_BIASES, Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.fingerprint import text_sha256
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks

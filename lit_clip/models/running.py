@@ -1,10 +1,22 @@
-"""Start an encoder in its middle, from the input activations of one of its modules."""
+"""Run a module in evaluation mode for a while, or an encoder from its middle."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, then restore each module's own mode (frozen modules stay in evaluation)."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
 
 
 class PartialForward(NamedTuple):

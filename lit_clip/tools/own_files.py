@@ -1,4 +1,4 @@
-"""Find packaged configurations by name: files of ``configs/``, inside ``lit_clip`` in a wheel; and others' files."""
+"""Files of lit-clip: of ``configs/`` (in ``lit_clip`` in a wheel), and its cache folder; and other packages' files."""
 
 import importlib.util
 import os
@@ -36,3 +36,8 @@ def packaged_file(name: str, option: str, *folders: Path) -> Path:
         hint = f"did you mean {near}?" if near else "give a file, or a name that lit-clip configs lists"
         raise InputError(f"{option} {name}: neither a file nor a packaged configuration; {hint}")
     return found[name]
+
+
+def default_cache_dir() -> Path:
+    """Return ``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
