@@ -8,8 +8,7 @@ from lit_clip.tools.imports import lazy_names
 
 if TYPE_CHECKING:
     from lit_clip.losses.combined import Matryoshka, Sum
-    from lit_clip.losses.pairwise import Alignment
-    from lit_clip.losses.weighted import WeightedContrastive
+    from lit_clip.losses.weighted import Alignment, WeightedContrastive
 
 __all__ = [
     "Alignment",

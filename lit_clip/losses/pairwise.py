@@ -1,4 +1,4 @@
-"""The losses of the paper and of SigLIP, and one on the distance of pairs."""
+"""The losses of the paper and of SigLIP."""
 
 import math
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates
-from lit_clip.losses.loss import Loss, LossValue, Pairs, check_duplicates
+from lit_clip.losses.duplicates import check_duplicates
+from lit_clip.losses.loss import Loss, LossValue, Pairs
 from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 
 
@@ -119,16 +120,3 @@ class Sigmoid(Loss):
 def default_loss(model: Any) -> Loss:
     """Return :class:`Sigmoid` for a model with a ``logit_bias`` (SigLIP), otherwise :class:`Contrastive`."""
     return Contrastive() if model.logit_bias is None else Sigmoid()
-
-
-class Alignment(Loss):
-    """Squared distance between the unit features of a pair (Wang & Isola 2020); other pairs do not matter.
-
-    It suits features of which one side is given, as with :class:`datamodules.ParallelSentences`; if both are learned,
-    all become equal.
-    """
-
-    def forward(self, pairs: Pairs) -> Tensor:
-        with torch.autocast(pairs.image.device.type, enabled=False):
-            distance = (pairs.image - pairs.text).square().sum()
-        return distance / max(1, len(pairs.image)) * pairs.ranks.weight

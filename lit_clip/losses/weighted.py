@@ -1,4 +1,4 @@
-"""Contrastive loss of pairs with unequal weights, and distillation from a teacher's features.
+"""Losses of pairs with unequal weights, of their distance, and of a teacher's features.
 
 Shapes: B pairs of this rank, N pairs of all ranks, D embedding dimension; b rows of a block.
 """
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lit_clip.distributed import RankCounts, gather, gather_rows
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates, at_least_float32, unit
-from lit_clip.losses.loss import Loss, Pairs, check_duplicates
+from lit_clip.losses.duplicates import check_duplicates
+from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.tiled import PairLayout
 
 LOGITS = 2**22  # most logits of one model that exist at once
@@ -78,6 +79,19 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], ranks
         pairs = [(unit(a), unit(b[:, : a.shape[1]])) for a, b in zip(student, teacher, strict=True)]
         distance = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
     return distance / max(1, len(student[0])) * ranks.weight
+
+
+class Alignment(Loss):
+    """Squared distance between the unit features of a pair (Wang & Isola 2020); other pairs do not matter.
+
+    It suits features of which one side is given, as with :class:`datamodules.ParallelSentences`; if both are learned,
+    all become equal.
+    """
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        with torch.autocast(pairs.image.device.type, enabled=False):
+            distance = (pairs.image - pairs.text).square().sum()
+        return distance / max(1, len(pairs.image)) * pairs.ranks.weight
 
 
 class WeightedContrastive(Loss):

@@ -1,10 +1,9 @@
-"""CLIP: two encoders, one embedding space, one temperature; and how an architecture's encoders are made.
+"""CLIP: two encoders, one embedding space, one temperature.
 
 The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,98 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceImageConfig,
-    HuggingFaceTextConfig,
-    Preprocessing,
-    ResNetConfig,
-    TextTransformerConfig,
-    TimmConfig,
-    VisionTransformerConfig,
-)
-from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.external import HuggingFaceImageEncoder, HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig
+from lit_clip.models.custom_config import CustomTextConfig
+from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, input_dtype, text_encoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.heat_maps import Item, as_features, encode_items
 from lit_clip.models.layers import Tower
-from lit_clip.models.resnet import ModifiedResNet
-from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
-from lit_clip.models.transformer import ImageEncoder, TextTransformer, VisionTransformer
-
-
-def image_encoder(config: CLIPConfig) -> ImageEncoder:
-    """Create an architecture's image encoder, for the bands of its preprocessing."""
-    assert config.preprocessing is not None  # with_external_settings has filled it in
-    bands = config.preprocessing.bands
-    if bands != 3 and not isinstance(config.image, TimmConfig | CustomImageConfig):
-        raise InputError(f"architecture: preprocessing.mean has {bands} bands, this encoder reads 3; use timm's")
-    if isinstance(config.image, VisionTransformerConfig):
-        return VisionTransformer(config.image, config.embed_dim, config.activation)
-    if isinstance(config.image, ResNetConfig):
-        return ModifiedResNet(config.image, config.embed_dim)
-    if isinstance(config.image, CustomImageConfig):
-        with torch.device("cpu"):  # not on the meta device: its code may read values
-            return CustomImageEncoder(config.image, config.embed_dim, bands)
-    if isinstance(config.image, HuggingFaceImageConfig):
-        return HuggingFaceImageEncoder(config.image, config.embed_dim)
-    return TimmImageEncoder(config.image, config.embed_dim, bands)
-
-
-def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) -> torch.dtype:
-    """Return the dtype of an image encoder's input.
-
-    The weights', or under autocast the first product's if the encoder is one of ours.
-    """
-    # An encoder of one's own may have no weights.
-    dtype = next((parameter.dtype for parameter in visual.parameters()), fallback)
-    ours = isinstance(visual, VisionTransformer | ModifiedResNet)
-    if ours and dtype == torch.float32 and device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
-
-
-def check_patches(visual: Any, preprocessing: Preprocessing) -> None:
-    """Raise :class:`InputError` if images become patches (NaFlex) but the image encoder cannot read them."""
-    if preprocessing.max_patches is None:
-        return
-    where = f"architecture: preprocessing.max_patches {preprocessing.max_patches}"
-    reads = getattr(visual, "reads_patches", False)
-    require(reads, f"{where}: {type(visual).__name__} reads images of one size; use a naflexvit model of timm")
-    patch, theirs = preprocessing.patch_size, tuple(visual.trunk.embeds.patch_size)
-    require(theirs == (patch, patch), f"{where}: patch_size {patch} is not the model's {theirs[0]}")
-
-
-def text_encoder(config: CLIPConfig) -> nn.Module:
-    """Create an architecture's text encoder, if it is a separate module."""
-    if isinstance(config.text, HuggingFaceTextConfig):
-        return HuggingFaceTextEncoder(config.text, config.embed_dim)
-    if isinstance(config.text, CustomTextConfig):
-        with torch.device("cpu"):
-            return CustomTextEncoder(config.text, config.embed_dim)
-    return TextTransformer(config.text, config.embed_dim, config.activation)
-
-
-def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> TextTokenizer:
-    """Create the tokenizer of a text encoder: CLIP's, or the one of the encoder's source."""
-    padding_read, vocab_size = 0, sys.maxsize
-    if isinstance(text, TextTransformerConfig):
-        padding_read, vocab_size = text.padding_read, text.vocab_size
-    elif text.model and text.model.get("vocab_size"):
-        vocab_size = text.model["vocab_size"]
-    if text.tokenizer is not None:
-        from lit_clip.models.hf_tokenizer import from_source
-
-        return from_source(text.tokenizer, text.context_length, padding_read > 0, vocab_size)
-    least = f"must be at least {EOT_ID + 1} for CLIP's tokenizer"
-    require(vocab_size > EOT_ID, f"architecture.text: vocab_size {vocab_size} {least}")
-    return CLIPTokenizer(text.context_length, padding_read=padding_read)
-
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.transformer import TextTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"

@@ -17,8 +17,8 @@ from torch import nn
 from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.lora import is_added
+from lit_clip.training.even_batches import captions_together
 from lit_clip.training.lightning.checkpoint_io import wrapped
-from lit_clip.training.micro_batches import captions_together
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs

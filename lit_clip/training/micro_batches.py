@@ -1,7 +1,4 @@
-"""Micro-batches: encode a step's pairs part by part while the loss sees all of them (GradCache, Gao et al. 2021).
-
-And what the pairs of a batch share: their number on all ranks, if it is guaranteed, and their images.
-"""
+"""Micro-batches: encode a step's pairs part by part while the loss sees all of them (GradCache, Gao et al. 2021)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,58 +17,8 @@ from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
-from lit_clip.tools.hardware import to_device
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
-
-# The methods by which a batch may get hard negatives.
-MAKE_BATCHES = (
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
-    *("sources", "training_pairs", "train_dataloader"),
-)
-OURS = {"lightning", "lit_clip"}
-
-
-def even_batches(trainer: Trainer, negatives: bool) -> int | None:
-    """Return the number of pairs in every training batch of each rank, if guaranteed; otherwise None.
-
-    It does if bad samples end the run (``on_error: error``), its sampler divides global batches among the ranks, and
-    a sample is a pair.
-    If hard negatives matter, files must be known to have none, as their number may differ, and no hook may add them.
-    """
-    data: Any = getattr(trainer, "datamodule", None)
-    if getattr(data, "on_error", None) != "error" or captions_together(data):
-        return None
-    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
-        return None
-    if negatives and _makes_batches(trainer.lightning_module, data):
-        return None
-    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-    world = getattr(sampler, "world", None)
-    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
-
-
-def captions_together(data: Any) -> bool:
-    """Return whether a sample of a data module is an image with all its captions."""
-    return getattr(getattr(data, "captions", None), "per_image", None) == "together"
-
-
-def _makes_batches(*owners: Any) -> bool:
-    """Return whether a user's method of a module or data module could add hard negatives to a batch."""
-    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
-    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
-    return not packages <= OURS
-
-
-def images_once(batch: CaptionBatch) -> CaptionBatch:
-    """Return an evaluation batch with each image once; pairs with equal keys have the same image."""
-    row_of: dict[str, int] = {}
-    image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
-    if batch.image_of is not None or len(row_of) == len(image_of):
-        return batch
-    first = [image_of.index(row) for row in range(len(row_of))]
-    images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
-    return batch._replace(images=batch.images[images], image_of=own)
-
+from lit_clip.training.even_batches import images_once
 
 HARD_NEGATIVES = (
     "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out "

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError
-from lit_clip.losses import Contrastive, Pairs, Sigmoid, WeightedContrastive
-from lit_clip.losses import loss as loss_module
+from lit_clip.losses import Contrastive, Pairs, Sigmoid, WeightedContrastive, duplicates
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
-from lit_clip.losses.loss import evaluate_loss, pair_ids, token_hash
+from lit_clip.losses.duplicates import pair_ids, token_hash
+from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.weighted import ModelFeatures, distillation_loss
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.hashing import stable_hash
@@ -311,8 +311,8 @@ def test_a_step_copies_keys_alone_to_the_device_and_reads_nothing_back(monkeypat
         asked.append(tuple(tensor.shape))
         return tensor.to(device)
 
-    monkeypatch.setattr(loss_module, "to_device", to_device)
-    loss_module._multipliers.cache_clear()
+    monkeypatch.setattr(duplicates, "to_device", to_device)
+    duplicates._multipliers.cache_clear()
     with Copies() as seen:
         for length in (7, 12, 77):
             pair_ids(["1", "2"], torch.zeros(2, length, dtype=torch.long, device="meta"), 0)

@@ -24,7 +24,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.micro_batches import even_batches
+from lit_clip.training.even_batches import even_batches
 from lit_clip.training.plan import measure_run, plan_rows
 from lit_clip.training.teacher import Distillation
 from tests.datamodules.pairs.test_kept import write
