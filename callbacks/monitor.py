@@ -16,7 +16,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import SCALARS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import Count, convert, entries
-from .throughput import log_interval, samples_of
+from lit_clip.training.schedules import log_interval, samples_of
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 LAST_STEPS = 50  # whose mean loss is compared with the baseline

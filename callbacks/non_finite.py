@@ -24,7 +24,7 @@ from lit_clip.training.lightning.loop_counts import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signals_of
 from lit_clip.training.optimizers import obeys_found_inf, skip_step
-from .throughput import log_interval
+from lit_clip.training.schedules import log_interval
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover

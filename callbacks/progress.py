@@ -13,8 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, in_words, per_second, plural
-from lit_clip.training.schedules import known_steps, resumed_after
-from .throughput import samples_of
+from lit_clip.training.schedules import known_steps, resumed_after, samples_of
 
 FIRST = 2  # steps that are not measured: they compile, fill caches and wait for data workers
 ENOUGH = 3, 5.0  # measured steps, and seconds in them

@@ -1,6 +1,5 @@
 """Training throughput, and a clock that counts only training time."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.flops import PairFlops, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
+from lit_clip.training.schedules import log_interval
 
 # Lightning's names of the profiled actions that fetch a batch and write a checkpoint.
 FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
@@ -78,19 +78,6 @@ class TrainingClock:
             stop(action_name)
 
         profiler.start, profiler.stop = started, stopped
-
-
-def log_interval(trainer: Any) -> int:
-    """Return the number of steps from one logged step to the next."""
-    return trainer.log_every_n_steps or sys.maxsize  # 0 means never; a connector sets it
-
-
-def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
-    """Return the number of pairs in a step over all ranks; skipped pairs count if a sample is a pair."""
-    if batch.image_of is None:  # every rank has the same number
-        return (len(batch.images) + len(batch.skipped)) * trainer.world_size
-    step = getattr(module, "last_step", None)
-    return step.pairs if step else 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import nn
 from lit_clip import CLIPConfig, LitCLIP, callbacks
 from lit_clip.datamodules import Captions
 from lit_clip.models.config import TextTransformerConfig
-from lit_clip.models.custom_config import CustomImageConfig
+from lit_clip.models.external_config import CustomImageConfig
 
 
 class MyImageEncoder(nn.Module):

@@ -44,7 +44,7 @@ from lit_clip.embedding.reading import ImageBatches
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive
 from lit_clip.models.config import CLIPConfig, Preprocessing, ResNetConfig, TextTransformerConfig, TimmConfig
-from lit_clip.models.custom_config import CustomImageConfig
+from lit_clip.models.external_config import CustomImageConfig
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.levels import Window

@@ -20,7 +20,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
-from lit_clip.models.patches import patch_sequence, sequence_size
 from lit_clip.models.preprocess import resize_steps, to_rgb, windowed
 from lit_clip.tools.images import LeastSize, fraction, full_size
 
@@ -149,6 +148,8 @@ class RandomSquareCrop:
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         if self._patches is not None:
+            from lit_clip.models.patches import sequence_size
+
             return sequence_size(height, width, self._patches)
         if self.size is None:
             raise InputError("RandomSquareCrop: its size is only known in the list itself; set size, interpolation")
@@ -239,6 +240,8 @@ class TrainingTransform:
             result = transform(result)
         if self._patches is not None:
             is_image = isinstance(result, Image.Image)
+            from lit_clip.models.patches import patch_sequence
+
             return patch_sequence(to_rgb(result) if is_image else self._pixels(result), self._patches)
         if isinstance(result, Image.Image) and self._preprocessing.bands == 3:
             fits = result.size == (self.size[1], self.size[0])

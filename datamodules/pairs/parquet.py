@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError, require
+from lit_clip.tools.own_files import cache_file, made_once
 from lit_clip.tools.reading import reading
-from ..loading.cache import cache_file, made_once
 from ..loading.store import StoreFolder
 from .column_names import ColumnNames, check_types, find_columns, image_type, images_of, is_encoded
 from .columns import map_table, map_valid_table

@@ -16,10 +16,9 @@ from lit_clip.errors import InputError, listed, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.hub_client import COMMIT, checked_commit, checked_relative, guard_hub
-from lit_clip.tools.own_files import default_cache_dir
+from lit_clip.tools.own_files import default_cache_dir, writing_cached
 from lit_clip.tools.reading import first_line, naming
 from lit_clip.tools.untrusted import shortened
-from ..loading.cache import writing_cached
 from ..loading.store import fetch, stamp_of
 from .columns import ColumnPairs
 from .parquet import open_parquet

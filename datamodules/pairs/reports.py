@@ -21,8 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.config import Preprocessing
-from lit_clip.models.custom import CallableTokenizer
-from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.tokenizer import CallableTokenizer, TextTokenizer
 from lit_clip.tools.images import Unseen, open_image, unseen
 from .source import Derived, LongCaptions, Pair, PairSource
 

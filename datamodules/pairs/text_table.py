@@ -14,9 +14,9 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.own_files import cache_file, made_once
 from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
-from ..loading.cache import cache_file, made_once
 from .column_names import ColumnNames, find_columns
 from .columns import TablePairs, checked_title, checked_weight, group_name, map_valid_table
 from .source import COLUMNS, IMAGES_OF, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions

@@ -23,7 +23,7 @@ from lit_clip.cli.parser import CONFIG, Parser, named_model, register_types
 from lit_clip.cli.plain_help import print_section_help
 from lit_clip.cli.save_config import SaveConfig, log_no_secrets
 from lit_clip.errors import InputError, require
-from lit_clip.models.custom_config import how_to_import
+from lit_clip.models.external_config import how_to_import
 from lit_clip.module import LitCLIP
 from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16, keep_freed_memory
@@ -33,10 +33,9 @@ from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
-from lit_clip.training.lightning.fsdp import gets_weights
-from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
 from lit_clip.training.lightning.run_folder import name_folders
+from lit_clip.training.lightning.strategies import gets_weights
 from lit_clip.training.optimizers import PARTS
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
@@ -194,6 +193,8 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         evaluate_as_given(trainer)
         if not self.setting("print_plan"):  # which starts no other ranks
+            from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+
             watch_started_ranks(trainer)
         keep_freed_memory(trainer.strategy.root_device)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_clip import secrets
 from lit_clip.cli.plain_help import PlainHelp, short_help
 from lit_clip.errors import InputError, require
-from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
+from lit_clip.models.external_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
 from lit_clip.tools.class_paths import find_object, import_listed, import_modules
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
 from lit_clip.tools.own_files import configuration_path

@@ -5,7 +5,7 @@ The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D emb
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -15,14 +15,16 @@ from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
-from lit_clip.models.custom_config import CustomTextConfig
 from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, input_dtype, text_encoder
+from lit_clip.models.external_config import CustomTextConfig
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
-from lit_clip.models.heat_maps import Item, as_features, encode_items
 from lit_clip.models.layers import Tower
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import TextTransformer
+
+if TYPE_CHECKING:
+    from lit_clip.models.heat_maps import Item
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -124,7 +126,7 @@ class CLIP(TextTransformer):
 
         return forward_intermediates(self, image, text, **options)
 
-    def locate(self, image: Item, texts: str | Sequence[str] | Tensor, scale: float = 1) -> Tensor:
+    def locate(self, image: "Item", texts: str | Sequence[str] | Tensor, scale: float = 1) -> Tensor:
         """Return the cosine of each text with each pixel of a whole image, float32 ``[N, H, W]``; see ``heat_maps``."""
         from lit_clip.models.heat_maps import heat_maps
 
@@ -164,7 +166,7 @@ class CLIP(TextTransformer):
             features = self.text(tokens, lengths)
         return unit(features) if normalize else features
 
-    def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:
+    def encode(self, items: "Item | Sequence[Item]", batch_size: int = 64) -> Tensor:
         """Texts, images and image files, in any mixture -> unit features on the CPU, in the order given.
 
         A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
@@ -175,6 +177,8 @@ class CLIP(TextTransformer):
         Returns:
             float32 ``[N, D]``; of a single item ``[D]``.
         """
+        from lit_clip.models.heat_maps import encode_items
+
         return encode_items(self, items, batch_size)
 
     def similarity(self, a: Any, b: Any, batch_size: int = 64) -> Tensor:
@@ -183,6 +187,8 @@ class CLIP(TextTransformer):
         Either is what :meth:`encode` takes, or features ``[N, D]`` of any length (a tensor or an array); a single one
         counts as a list of one.
         """
+        from lit_clip.models.heat_maps import as_features
+
         return as_features(self, a, batch_size) @ as_features(self, b, batch_size).T
 
     @torch.no_grad()

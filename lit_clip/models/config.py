@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, cast
 from msgspec import Meta
 
 from lit_clip.errors import InputError
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import (
+    CustomEncoderConfig,
+    CustomImageConfig,
+    CustomTextConfig,
     HuggingFaceImageConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
@@ -301,6 +303,12 @@ class CLIPConfig:
     def papers_layout(self) -> bool:
         """Whether the text encoder's weights have OpenAI's names, beside ``visual.`` and not below ``text.``."""
         return isinstance(self.text, TextTransformerConfig) and self.text.causal and self.text.pool in ("argmax", "eos")
+
+    @property
+    def own_encoders(self) -> dict[Literal["image", "text"], str]:
+        """The class paths of towers that are encoders of your own."""
+        towers: dict[Literal["image", "text"], Any] = {"image": self.image, "text": self.text}
+        return {name: str(each.class_path) for name, each in towers.items() if isinstance(each, CustomEncoderConfig)}
 
     @property
     def activations(self) -> set[Activation]:

@@ -29,19 +29,18 @@ Shapes: B batch, L tokens, N texts.
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.config import CLIPConfig
-from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
+from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig, find_class, how_to_import
 from lit_clip.models.running import evaluation_mode
 from lit_clip.models.size import height_width, normalised
-from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
+from lit_clip.models.tokenizer import CallableTokenizer, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import ImageEncoder, is_traced
 from lit_clip.tools.parts import script_name
 
@@ -52,21 +51,6 @@ CONTRACT = {
     "forward(tokens [B, context_length]) -> float32 [B, embed_dim]",
 }
 TEXTS = ["a", "a photo of a dog"]  # of different lengths in any tokenizer of words, bytes or characters
-
-
-def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], str]]:
-    """Return the towers that a class path names, with that path."""
-    towers: list[tuple[Literal["image", "text"], Any]] = [("image", config.image), ("text", config.text)]
-    return [(name, str(tower.class_path)) for name, tower in towers if isinstance(tower, CustomEncoderConfig)]
-
-
-def find_class(class_path: str) -> type[nn.Module] | None:
-    """Return a class of an imported module or of the running script; import nothing. None if it does not exist."""
-    module, _, name = class_path.rpartition(".")
-    if module not in sys.modules and module == script_name():
-        module = "__main__"
-    # Not getattr: a package may import a submodule when asked for a name.
-    return vars(sys.modules[module]).get(name) if module in sys.modules else None
 
 
 def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int) -> nn.Module:
@@ -125,6 +109,10 @@ class CustomImageEncoder(ImageEncoder):
         self.check(images)
         return self.encoder(images)
 
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the encoder's ``blocks``; empty if it has none."""
+        return _blocks(self.encoder)
+
 
 class CustomTextEncoder(nn.Module):
     """Your own text encoder (``encoder``), checked with one small batch when it is created.
@@ -161,14 +149,18 @@ class CustomTextEncoder(nn.Module):
         lengths = list(lengths) if lengths else self.tokenizer.lengths(tokens).tolist()
         return self.encoder(tokens, lengths=lengths)
 
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the encoder's ``blocks``; empty if it has none."""
+        return _blocks(self.encoder)
 
-def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Module]:
+
+def _blocks(encoder: nn.Module) -> list[nn.Module]:
     """Return an encoder's ``blocks``; empty if it has none."""
-    blocks: Any = getattr(encoder.encoder, "blocks", None)
+    blocks: Any = getattr(encoder, "blocks", None)
     blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
-    inside = {id(module) for module in encoder.encoder.modules()}
+    inside = {id(module) for module in encoder.modules()}
     whole = all(id(block) in inside for block in blocks)
-    require(whole, f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
+    require(whole, f"architecture: `blocks` of {type(encoder).__name__} holds more than modules of it")
     return blocks
 
 
@@ -184,42 +176,6 @@ def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, retur
 def _check_features(features: Any, embed_dim: int, where: str, kind: str) -> None:
     given = f"a batch of 2 and embed_dim {embed_dim}"
     _check_output(features, (2, embed_dim), torch.float32, f"{where} returns", given, CONTRACT[kind])
-
-
-# Tokenizers
-
-
-class CallableTokenizer(TextTokenizer):
-    """Your own tokenizer: any callable that turns a list of texts into int64 ``[N, context_length]``.
-
-    It is picklable, as data workers receive it; if it has ``pad_id`` or ``decode`` they are used.
-    """
-
-    def __init__(self, function: Callable[[list[str]], Tensor], context_length: int) -> None:
-        self.function, self.context_length = function, context_length
-        self.pad_id = int(getattr(function, "pad_id", 0))
-
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        texts = checked_texts(texts)
-        return self.function(texts) if texts else torch.zeros(0, self.context_length, dtype=torch.long)
-
-    def count(self, text: str) -> int:
-        """Count the tokens after truncation: the number before is unknown."""
-        return int(self.lengths(self([text]))[0])
-
-    def lengths(self, tokens: Tensor) -> Tensor:
-        return unpadded_lengths(tokens, self.pad_id).clamp(min=1)
-
-    def with_context(self, context_length: int) -> TextTokenizer:
-        if context_length == self.context_length:
-            return self
-        own = self.context_length
-        raise InputError(f"context_length: this tokenizer's is {own}; set it in the encoder's init_args")
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        ids = [token for token in tokens if token != self.pad_id]
-        decode: Any = getattr(self.function, "decode", None)
-        return str(decode(ids)) if decode else " ".join(map(str, ids))
 
 
 def _tokenizer(encoder: nn.Module, context_length: int, where: str) -> TextTokenizer:

@@ -17,9 +17,7 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
-from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.external import HuggingFaceImageEncoder, HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import ImageEncoder, TextTransformer, VisionTransformer
@@ -36,8 +34,12 @@ def image_encoder(config: CLIPConfig) -> ImageEncoder:
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
     if isinstance(config.image, CustomImageConfig):
+        from lit_clip.models.custom import CustomImageEncoder
+
         with torch.device("cpu"):  # not on the meta device: its code may read values
             return CustomImageEncoder(config.image, config.embed_dim, bands)
+    from lit_clip.models.external import HuggingFaceImageEncoder, TimmImageEncoder
+
     if isinstance(config.image, HuggingFaceImageConfig):
         return HuggingFaceImageEncoder(config.image, config.embed_dim)
     return TimmImageEncoder(config.image, config.embed_dim, bands)
@@ -70,8 +72,12 @@ def check_patches(visual: Any, preprocessing: Preprocessing) -> None:
 def text_encoder(config: CLIPConfig) -> nn.Module:
     """Create an architecture's text encoder, if it is a separate module."""
     if isinstance(config.text, HuggingFaceTextConfig):
+        from lit_clip.models.external import HuggingFaceTextEncoder
+
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
     if isinstance(config.text, CustomTextConfig):
+        from lit_clip.models.custom import CustomTextEncoder
+
         with torch.device("cpu"):
             return CustomTextEncoder(config.text, config.embed_dim)
     return TextTransformer(config.text, config.embed_dim, config.activation)

@@ -4,6 +4,7 @@ Either library is imported when one of its encoders is created: both take second
 Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceImageConfig, HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.external_config import IMAGE_CLASSES, TEXT_CLASSES
 from lit_clip.models.external_settings import check_text_only, timm_hub_weights, timm_name, timm_pretrained_cfg
+from lit_clip.models.layers import EMBEDDINGS, HEAD
 from lit_clip.models.packing import length_groups
 from lit_clip.models.running import PartialForward, starting_at
 from lit_clip.models.tokenizer import unpadded_lengths
@@ -100,6 +102,23 @@ class TimmImageEncoder(ImageEncoder):
 
     def project(self, features: Tensor) -> Tensor:
         return self.head(features)
+
+    def layer_names(self, prefix: str) -> dict[str, str]:
+        """Map the names of the trunk's parameters to layers, see :func:`lit_clip.models.layers.layer_groups`."""
+        from timm.models import group_parameters  # takes seconds
+
+        trunk: Any = self.trunk
+        matcher = trunk.group_matcher(coarse=False)
+        layers: list[list[str]] = list(group_parameters(trunk, matcher).values())
+        blocks = matcher["blocks"] if isinstance(matcher["blocks"], list | tuple) else [matcher["blocks"]]
+        patterns = [each if isinstance(each, str) else each[0] for each in blocks]
+        result = {f"{prefix}trunk.{name}": EMBEDDINGS for name in layers[0]}
+        for i, names in enumerate(layers[1:]):
+            # Parameters unknown to the matcher come last: attention pooling, a final norm or convolution.
+            numbered = [name for name in names if re.search(r"\.\d+\.", name)]
+            head = i == len(layers) - 2 and not any(re.match(each, name) for name in numbered for each in patterns)
+            result |= {f"{prefix}trunk.{name}": HEAD if head else f"blocks.{i}" for name in names}
+        return result
 
 
 def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:

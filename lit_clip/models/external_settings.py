@@ -14,8 +14,7 @@ from typing import Any, cast
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.external_config import HUB, check_timm_options
+from lit_clip.models.external_config import HUB, CustomImageConfig, CustomTextConfig, check_timm_options
 from lit_clip.tools.hub_client import checked_relative, hub_errors
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing

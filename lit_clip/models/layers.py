@@ -1,16 +1,12 @@
 """A model's towers as ordered layers, for freezing, layer-wise learning rates, LoRA and compilation."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.errors import require
-from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder, custom_blocks
-from lit_clip.models.external import TimmImageEncoder
-from lit_clip.models.resnet import ModifiedResNet
+from lit_clip.errors import InputError, require
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
@@ -38,8 +34,12 @@ def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
     }
 
 
-def tower_encoder(model: Any, tower: Tower) -> nn.Module:
-    """Return the module with a tower's parts; the paper's text encoder is the model itself."""
+def tower_encoder(model: Any, tower: Tower) -> Any:
+    """Return the module with a tower's parts; the paper's text encoder is the model itself.
+
+    Some say what they are made of: ``ordered_blocks()``, their blocks in order, empty if unknown; timm's
+    ``layer_names(prefix)``, the layer of each parameter.
+    """
     return model.visual if tower == "image" else model.text_encoder
 
 
@@ -52,8 +52,8 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
     norms, pooling, projection. Each parameter of the tower is in one group; no group is empty.
     """
     parameters = tower_parameters(model, tower)
-    timms = tower == "image" and isinstance(model.visual, TimmImageEncoder)
-    names = _timm_layers(model.visual.trunk, "visual.trunk.") if timms else _layers(model, tower, parameters)
+    encoder = tower_encoder(model, tower)
+    names = encoder.layer_names("visual.") if hasattr(encoder, "layer_names") else _layers(model, tower, parameters)
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in dict.fromkeys([EMBEDDINGS, *names.values()])}
     groups[HEAD] = groups.pop(HEAD, {})
     for name, parameter in parameters.items():
@@ -79,22 +79,19 @@ def _layers(model: nn.Module, tower: Tower, parameters: dict[str, nn.Parameter])
 
 
 def _block_prefixes(model: Any, tower: Tower) -> list[str]:
-    encoder, visual = tower_encoder(model, tower), tower == "image"
-    if isinstance(encoder, CustomImageEncoder | CustomTextEncoder):
-        blocks = custom_blocks(encoder)
-        kind = type(encoder.encoder).__name__
-        needed = "model.freeze's unlock_last and head, model.rates' head and layer_decay, and model.lora"
-        problem = f"has no `blocks`, a list of modules in order, so its layers are unknown to {needed}"
-        require(bool(blocks), f"architecture.{tower}: {kind} {problem}")
+    encoder: Any = tower_encoder(model, tower)
+    if hasattr(encoder, "ordered_blocks"):
+        blocks = encoder.ordered_blocks()
+        if not blocks:
+            needed = "model.freeze's unlock_last and head, model.rates' head and layer_decay, and model.lora"
+            problem = f"has no `blocks`, a list of modules in order, so its layers are unknown to {needed}"
+            raise InputError(f"architecture.{tower}: {type(encoder.encoder).__name__} {problem}")
         names = {id(module): name for name, module in model.named_modules()}
         return [f"{names[id(block)]}." for block in blocks]
-    if isinstance(encoder, ModifiedResNet):
-        stages = [f"visual.layer{stage}" for stage in range(1, 5)]
-        return [f"{stage}.{i}." for stage in stages for i, _ in enumerate(model.get_submodule(stage).children())]
     lists = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.startswith("visual.") == visual
+        if isinstance(module, nn.ModuleList) and name.startswith("visual.") == (tower == "image")
     }
     require(bool(lists), f"the {tower} tower has no list of blocks, so its layers are unknown")
     name = max(lists, key=lambda name: lists[name])
@@ -109,12 +106,11 @@ def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
     ``blocks`` is one block.
     """
     encoder = tower_encoder(model, tower)
-    if isinstance(encoder, CustomImageEncoder | CustomTextEncoder) and not custom_blocks(encoder):
-        return [encoder.encoder]
-    if not isinstance(encoder, TimmImageEncoder):
-        return [model.get_submodule(prefix[:-1]) for prefix in _block_prefixes(model, tower)]
-    names = _timm_layers(encoder.trunk, "visual.trunk.")
-    return _whole_blocks(encoder.trunk, "visual.trunk", names)
+    if hasattr(encoder, "ordered_blocks"):
+        return encoder.ordered_blocks() or [encoder.encoder]
+    if hasattr(encoder, "layer_names"):
+        return _whole_blocks(encoder.trunk, "visual.trunk", encoder.layer_names("visual."))
+    return [model.get_submodule(prefix[:-1]) for prefix in _block_prefixes(model, tower)]
 
 
 def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[nn.Module]:
@@ -127,19 +123,3 @@ def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> l
     if len(owners) == 1 and next(iter(owners)).startswith("blocks.") and not stage:
         return [module]
     return [block for name, child in children for block in _whole_blocks(child, f"{prefix}.{name}", names)]
-
-
-def _timm_layers(trunk: Any, prefix: str) -> dict[str, str]:
-    from timm.models import group_parameters  # takes seconds
-
-    matcher = trunk.group_matcher(coarse=False)
-    layers: list[list[str]] = list(group_parameters(trunk, matcher).values())
-    blocks = matcher["blocks"] if isinstance(matcher["blocks"], list | tuple) else [matcher["blocks"]]
-    patterns = [each if isinstance(each, str) else each[0] for each in blocks]
-    result = {prefix + name: EMBEDDINGS for name in layers[0]}
-    for i, names in enumerate(layers[1:]):
-        # Parameters unknown to the matcher come last: attention pooling, a final norm or convolution.
-        numbered = [name for name in names if re.search(r"\.\d+\.", name)]
-        head = i == len(layers) - 2 and not any(re.match(each, name) for name in numbered for each in patterns)
-        result |= {prefix + name: HEAD if head else f"blocks.{i}" for name in names}
-    return result

@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing, height_width
-from lit_clip.models.patches import patch_sequence
 from lit_clip.tools.levels import BITS, check_count, eight_bits, levels_of
 
 
@@ -95,6 +94,8 @@ def pixels(config: Preprocessing) -> v2.Compose:
     """Return the evaluation transform up to the pixels: PIL image -> uint8 of the shape ``config.shape``."""
     first = v2.Lambda(partial(windowed, config=config))  # resizing forgets the range of deep levels
     if config.max_patches is not None:
+        from lit_clip.models.patches import patch_sequence
+
         return v2.Compose([first, v2.Lambda(to_rgb), v2.Lambda(partial(patch_sequence, config=config))])
     # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
     return v2.Compose([first, *resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])

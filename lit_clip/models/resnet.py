@@ -124,6 +124,10 @@ class ModifiedResNet(ImageEncoder):
         """``[B, 3, H, W]`` of any size -> ``[B, C, H/32, W/32]``, before the pooling."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
 
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the blocks of all four stages."""
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
     def stem(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` of any size -> ``[B, C, H/4, W/4]``, before the stages."""
         x = images

@@ -8,10 +8,11 @@ import gzip
 import html
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -204,3 +205,36 @@ class CLIPTokenizer(TextTokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return decode(tokens)
+
+
+class CallableTokenizer(TextTokenizer):
+    """Your own tokenizer: any callable that turns a list of texts into int64 ``[N, context_length]``.
+
+    It is picklable, as data workers receive it; if it has ``pad_id`` or ``decode`` they are used.
+    """
+
+    def __init__(self, function: Callable[[list[str]], Tensor], context_length: int) -> None:
+        self.function, self.context_length = function, context_length
+        self.pad_id = int(getattr(function, "pad_id", 0))
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        texts = checked_texts(texts)
+        return self.function(texts) if texts else torch.zeros(0, self.context_length, dtype=torch.long)
+
+    def count(self, text: str) -> int:
+        """Count the tokens after truncation: the number before is unknown."""
+        return int(self.lengths(self([text]))[0])
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return unpadded_lengths(tokens, self.pad_id).clamp(min=1)
+
+    def with_context(self, context_length: int) -> TextTokenizer:
+        if context_length == self.context_length:
+            return self
+        own = self.context_length
+        raise InputError(f"context_length: this tokenizer's is {own}; set it in the encoder's init_args")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        ids = [token for token in tokens if token != self.pad_id]
+        decode: Any = getattr(self.function, "decode", None)
+        return str(decode(ids)) if decode else " ".join(map(str, ids))

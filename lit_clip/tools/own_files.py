@@ -2,11 +2,17 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 from lit_clip.errors import InputError
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import hex_digest
 
+Content = TypeVar("Content")
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"  # the second in a clone
 SUITES = CONFIGS / "evaluation"
@@ -41,3 +47,32 @@ def packaged_file(name: str, option: str, *folders: Path) -> Path:
 def default_cache_dir() -> Path:
     """Return ``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
+
+
+def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str) -> Path:
+    """Return the cache path, in the folder ``kind``, of a result made from a file with settings."""
+    stat = source.stat()
+    key = hex_digest([str(source.resolve()), stat.st_size, stat.st_mtime_ns, *settings])
+    return default_cache_dir() / kind / f"{source.stem[:40]}-{key[:20]}{suffix}"
+
+
+@contextmanager
+def writing_cached(path: Path) -> Iterator[Path]:
+    """Create the cache folder if needed, and use :func:`lit_clip.tools.atomic.replacing` for a file in it."""
+    with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+
+
+def made_once(path: Path, load: Callable[[Path], Content], make: Callable[[Path], None]) -> Content:
+    """Load a file of the cache; first make it if it is missing, or if ``load`` raises because it is damaged."""
+    if path.is_file():
+        try:
+            return load(path)
+        except Exception:  # parsers raise anything for a damaged file
+            from lightning.pytorch.utilities import rank_zero_info
+
+            rank_zero_info(f"{path}: damaged, so it is made again")
+    with writing_cached(path) as draft:
+        make(draft)
+    return load(path)

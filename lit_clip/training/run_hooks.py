@@ -30,7 +30,6 @@ from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkp
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.even_batches import even_batches
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
-from lit_clip.training.lightning.fsdp import compute_missing_batches
 from lit_clip.training.lightning.loop_counts import enter_epoch, resumed_counts, settle_counts
 from lit_clip.training.lightning.resume_checks import check_same_parts
 from lit_clip.training.lightning.run_folder import claim_folders, note_unnumbered
@@ -44,7 +43,6 @@ from lit_clip.training.micro_batches import StepCounts, hard_negatives
 from lit_clip.training.optimizers import Optimization, skip_step
 from lit_clip.training.schedules import batches_per_epoch, total_steps
 from lit_clip.weights.checkpoints import checked
-from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import open_checkpoint, weights_come_later
 
 
@@ -131,6 +129,8 @@ class RunHooks(LightningModule):
         for name in frozen_names(self.model, freeze):
             self.model.get_parameter(name).requires_grad_(False)
         if lora:
+            from lit_clip.weights.fingerprint import weights_sha256
+
             require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
             self.base_sha256 = weights_sha256(self.model)
             add_lora(self.model, lora)
@@ -265,7 +265,6 @@ class RunHooks(LightningModule):
             trainer.progress_bar_metrics["train/loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
-        compute_missing_batches(self.trainer, self.model)
         validate_without_synchronising(self.trainer.strategy, self.model)
 
     def on_test_epoch_start(self) -> None:

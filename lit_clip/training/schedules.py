@@ -5,6 +5,7 @@ They are functions of the number of optimiser steps, so a resumed run may change
 
 import inspect
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import unwrapped
 
@@ -156,6 +158,19 @@ def advance(schedule: Any, steps: int) -> None:
             warnings.simplefilter("ignore")  # torch's: the optimiser has made no step
             for _ in range(steps):
                 schedule.step()
+
+
+def log_interval(trainer: Any) -> int:
+    """Return the number of steps from one logged step to the next."""
+    return trainer.log_every_n_steps or sys.maxsize  # 0 means never; a connector sets it
+
+
+def samples_of(trainer: "Trainer", module: Any, batch: CaptionBatch) -> int:
+    """Return the number of pairs in a step over all ranks; skipped pairs count if a sample is a pair."""
+    if batch.image_of is None:  # every rank has the same number
+        return (len(batch.images) + len(batch.skipped)) * trainer.world_size
+    step = getattr(module, "last_step", None)
+    return step.pairs if step else 0
 
 
 def batches_per_epoch(trainer: "Trainer") -> int | None:

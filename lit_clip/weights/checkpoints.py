@@ -13,8 +13,7 @@ from tokenizers import Tokenizer
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
-from lit_clip.models.custom import custom_encoders, find_class
-from lit_clip.models.custom_config import how_to_import
+from lit_clip.models.external_config import find_class, how_to_import
 from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
@@ -119,7 +118,7 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         problem = _problem(checkpoint, hparams, config)
         if problem:
             raise InputError(problem)
-        for tower, class_path in custom_encoders(config):
+        for tower, class_path in config.own_encoders.items():
             named = f"its {tower} encoder is {class_path}"
             if class_path.partition(".")[0] in _LIBRARIES:  # whose classes take as much memory as the file says
                 raise InputError(f"{named}, which is a layer of a library")

@@ -19,18 +19,15 @@ from torch.overrides import TorchFunctionMode
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Size
-from lit_clip.models.custom import custom_encoders
 from lit_clip.models.finetuning import Freeze, frozen_names
 from lit_clip.models.lora import LoRA, add_lora, merge_lora
-from lit_clip.models.registry import resolve_architecture
-from lit_clip.models.resize import reads_padding, resize_weights, resized
+from lit_clip.models.registry import reads_padding, resized, resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.sharded_files import lazy_zeros
 from lit_clip.tools.untrusted import from_plain
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file
 from lit_clip.weights.checkpoints import check_base, checked
-from lit_clip.weights.fingerprint import weights_sha256
 
 if TYPE_CHECKING:
     from lit_clip.weights.sources import Weights
@@ -125,6 +122,8 @@ def _load(
     if not weights.ours:
         state = _openai_names(state, stored)
     if wanted != stored:
+        from lit_clip.models.resize import resize_weights
+
         check_weights(_empty(stored), state, weights.name)
         state = resize_weights(state, stored, wanted)
         tokenizer = tokenizer and tokenizer.with_context(wanted.text.context_length)
@@ -154,6 +153,8 @@ def _merged(weights: "Weights", path: Path, checkpoint: dict[str, Any], above: t
         raise InputError(f"{path}: its settings have no LoRA, or no base of it")
     if path.resolve() in above:
         raise InputError(f"{path}: its LoRA belongs to a model that is made of it")
+    from lit_clip.weights.fingerprint import weights_sha256
+
     try:
         architecture = resolve_architecture(hparams["architecture"])
         sizes = hparams.get("image_size"), hparams.get("context_length")
@@ -322,5 +323,5 @@ def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
     """
     state = checked_tensors(checkpoint["state_dict"], name)
     config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
-    if not custom_encoders(config) and "base" not in checkpoint:
+    if not config.own_encoders and "base" not in checkpoint:
         check_weights(_empty(resolve_architecture(config)), state, name)

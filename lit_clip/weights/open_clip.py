@@ -25,7 +25,6 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
     height_width,
 )
-from lit_clip.models.custom import custom_encoders
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import (
     POOLER,
@@ -150,7 +149,7 @@ def _plausible(state: Mapping[str, Tensor]) -> Iterator[tuple[str, CLIPConfig]]:
 def open_clip_model(model: CLIP) -> dict[str, Any]:
     """Return a model's ``model_cfg``; its weights already have open_clip's names."""
     config = model.config
-    for _, own in custom_encoders(config):
+    for own in config.own_encoders.values():
         raise InputError(f"open_clip has no encoder {own}; use onnx")
     quick = {activation == "quick_gelu" for activation in config.activations}
     require(len(quick) < 2, "open_clip has QuickGELU in both encoders or in none; use onnx")

@@ -23,8 +23,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
-from lit_clip.models.registry import resolve_architecture
-from lit_clip.models.resize import KEPT_POSITIONS
+from lit_clip.models.registry import KEPT_POSITIONS, resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import is_sharded

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig
 from tests.helpers.own_encoders import Characters
 
 PATCH = 8

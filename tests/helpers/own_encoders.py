@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_clip.models.config import CLIPConfig
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig
 
 TRUNK_WIDTH = 8
 

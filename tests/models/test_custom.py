@@ -11,7 +11,7 @@ from lit_clip import LitCLIP, load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.flops import training_flops
 from lit_clip.models.layers import layer_groups, tower_blocks

@@ -27,7 +27,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
     height_width,
 )
-from lit_clip.models.custom_config import CustomImageConfig
+from lit_clip.models.external_config import CustomImageConfig
 from lit_clip.models.heat_maps import place_cosines
 from tests.helpers.colours import GREEN, PATCH, RED, beside, colour_model
 from tests.helpers.own_encoders import Image as OwnImage

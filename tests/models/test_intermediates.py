@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig, VisionTransformerConfig
-from lit_clip.models.custom_config import CustomImageConfig
+from lit_clip.models.external_config import CustomImageConfig
 from tests.helpers.own_encoders import Image
 from tests.helpers.towers import D, photos, shaken
 

@@ -28,7 +28,8 @@ from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.rates import Rates, rated_layers
-from lit_clip.models.resize import resize_weights, resized
+from lit_clip.models.registry import resized
+from lit_clip.models.resize import resize_weights
 from lit_clip.module import LitCLIP
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.plan import tower_work

@@ -11,7 +11,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import Preprocessing, ResNetConfig
-from lit_clip.models.custom_config import CustomImageConfig
+from lit_clip.models.external_config import CustomImageConfig
 from lit_clip.models.finetuning import Freeze
 from lit_clip.training.encode_again import EncodesAgain
 from lit_clip.training.place_contrastive import PlaceContrastive, place_similarities

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,7 +26,6 @@ from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.tools import sharded_files
 from lit_clip.tools.atomic import draft_of, remove
-from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import is_elementwise
@@ -171,6 +169,20 @@ class FSDP(DDPStrategy):
             return read_sharded(Path(checkpoint_path), self._my_rows)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
+    def on_validation_start(self) -> None:
+        """Compute empty batches until all ranks have equally many; a collective.
+
+        At the start of a validation: at its end callbacks' collectives would meet the other ranks' batches.
+        """
+        module: Any = self.lightning_module
+        if not is_sharded(module):
+            return
+        loop, model = module.trainer._evaluation_loop, module.model
+        mine = sum(map(_count, loop._combined_loader.flattened, loop.max_batches))
+        images = torch.zeros(0, *model.preprocessing.shape, dtype=torch.uint8, device=model.device)
+        for _ in range(distributed.maximum(mine) - mine):
+            self.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
+
     @property
     def _gets_weights(self) -> bool:
         """Return whether this rank will get all weights from the first one."""
@@ -224,12 +236,6 @@ def _groups(state: Any) -> list[Any]:
     if several is not None:
         return several
     return [state._fsdp_param_group] if state._fsdp_param_group else []  # torch 2.11 has one or None
-
-
-def gets_weights(strategy: Any) -> bool:
-    """Return whether ``fit`` with a strategy's settings will send this process the first rank's weights."""
-    path = getattr(strategy, "class_path", "")
-    return bool(_get_rank()) and isinstance(path, str) and bool(path) and issubclass(find_object(path), FSDP)
 
 
 def is_sharded(module: Any) -> bool:
@@ -298,20 +304,6 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             each.reshard()
         for group, mesh in zip(groups, before, strict=True):
             group.post_forward_mesh_info = mesh
-
-
-def compute_missing_batches(trainer: Any, model: Any) -> None:
-    """Compute empty batches until all ranks have equally many, if ranks compute together; a collective.
-
-    At the start of a validation: at its end callbacks' collectives would meet the other ranks' batches.
-    """
-    if not is_sharded(trainer.lightning_module):
-        return
-    loop = trainer._evaluation_loop
-    mine = sum(map(_count, loop._combined_loader.flattened, loop.max_batches))
-    images = torch.zeros(0, *model.preprocessing.shape, dtype=torch.uint8, device=model.device)
-    for _ in range(distributed.maximum(mine) - mine):
-        trainer.strategy.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
 
 
 def _count(loader: Any, most: float) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
@@ -12,12 +13,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.errors import require
+from lit_clip.tools.class_paths import find_object
 
 
 def keep_gradients_in_buckets(strategy: Strategy) -> None:
     """Keep DDP's gradients in the communication buckets, without a second copy."""
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+
+
+def gets_weights(strategy: Any) -> bool:
+    """Return whether ``fit`` with a strategy's settings will send this process the first rank's weights."""
+    path = getattr(strategy, "class_path", "")
+    if not (_get_rank() and isinstance(path, str) and path):
+        return False
+    from lit_clip.training.lightning.fsdp import FSDP
+
+    return issubclass(find_object(path), FSDP)
 
 
 def validate_without_synchronising(strategy: Strategy, model: nn.Module) -> None:

@@ -20,9 +20,8 @@ from datamodules.pairs.source import CaptionOptions, Rows
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WholeBatch
-from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
-from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
+from lit_clip.models.tokenizer import CallableTokenizer, CLIPTokenizer, TextTokenizer
 from tests.helpers import epochs
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
