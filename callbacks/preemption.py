@@ -18,7 +18,7 @@ from lit_clip.training.lightning.checkpoint_io import save_whole
 from lit_clip.training.lightning.loop_counts import validate_after_step, validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import Signals, replace_signals
-from lit_clip.training.summary import resume_command
+from lit_clip.training.plan import resume_command
 
 
 class Preemption(Callback):

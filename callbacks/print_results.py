@@ -12,10 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import convert, entries
-from lit_clip.training.lightning.run_folder import curves, run_folder, shown
-from lit_clip.training.plan import fine_tunes, measure_run, print_plan
+from lit_clip.training.lightning.run_folder import curves, run_folder, shown_path
+from lit_clip.training.plan import fine_tunes, measure_run, print_next_steps, print_plan, print_summary, print_trained
 from lit_clip.training.schedules import known_steps
-from lit_clip.training.summary import print_next_steps, print_summary, print_trained
 
 LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
@@ -95,9 +94,9 @@ class PrintResults(Callback):
         best, unlearned = _best(trainer, module.baselines)
         lines = [f"curves: {line}" for line in curves(trainer.loggers, trainer.ckpt_path)]
         lines.append(unlearned or misleading_loss(self._validations))
-        lines += [f"best {metric}: {shown(file)}" for metric, file in best.items()]
+        lines += [f"best {metric}: {shown_path(file)}" for metric, file in best.items()]
         if (pairs := _few_pairs(trainer)) and Path(last) not in best.values() and (best or unlearned):
-            lines.append(f"{pairs} pairs to validate are too few to tell the best model; take {shown(Path(last))}")
+            lines.append(f"{pairs} pairs to validate are too few to tell the best model; take {shown_path(Path(last))}")
         print_next_steps(Path(last), folder, lines)
 
 

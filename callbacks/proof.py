@@ -36,7 +36,7 @@ from lit_clip.tools.untrusted import convert, entries
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.frozen_features import versions_of
 from lit_clip.training.lightning.fsdp import FSDP
-from lit_clip.training.lightning.run_folder import run_folder, shown
+from lit_clip.training.lightning.run_folder import run_folder, shown_path
 from .print_results import recommended
 from .random_states import random_states, restore_random_states
 
@@ -154,7 +154,7 @@ class Proof(Callback):
             _add_images(examples, cast(Any, trainer).datamodule.val_source)
             curves = self.state_dict()["curves"]
             write_run_page(folder / "report.html", rows, self._start, worse, curves, examples)
-            console.print(f"report: {shown(folder / 'report.html')}")
+            console.print(f"report: {shown_path(folder / 'report.html')}")
 
     def _measured(
         self, trainer: Trainer, module: LitCLIP, neighbours: bool

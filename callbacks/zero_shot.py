@@ -17,11 +17,11 @@ from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.suite import SuiteEntry, check_name
 from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import text_sha256
 from lit_clip.models.patches import as_image
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
-from lit_clip.weights.fingerprint import text_sha256
 from .log_image import Prediction, log_image, prediction_grid, shown_bands
 from .suite_evaluation import SuiteEvaluation
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_clip.tools.imports import lazy_names
-from lit_clip.version import __version__
+from lit_clip.tools.imports import __version__, lazy_names
 
 if TYPE_CHECKING:
     from lit_clip.batch import CaptionBatch

@@ -23,7 +23,7 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, write_
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 MOST_FILES, MOST_LINES, MOST_STOPS = 10, 2_000, 20
-MOST_IMPORTED = 143
+MOST_IMPORTED = 120
 PLAIN = """
 model: {architecture: RN-tiny-64}
 data: {class_path: datamodules.Captions}

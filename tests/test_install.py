@@ -23,7 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lit_clip.version import __version__
+from lit_clip.tools.imports import __version__
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers.small_sets import NAMES, write_table
 from tests.helpers.wheels import PROJECT, build_wheel, plain_environment, runner, write_strangers

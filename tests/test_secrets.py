@@ -1,6 +1,7 @@
 """Secrets do not reach messages and files: passwords and tokens in addresses."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 

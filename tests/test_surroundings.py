@@ -20,7 +20,7 @@ from benchmarks.faults import surroundings
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import user_error
-from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+from lit_clip.training.lightning.strategies import watch_started_ranks
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 from tests.helpers.disks import mounted, why_no_disk

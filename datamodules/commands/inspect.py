@@ -13,7 +13,7 @@ from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.html import page_path
-from lit_clip.version import __version__
+from lit_clip.tools.imports import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
 from ..inspection.page import Inspection, Summary, find_duplicates, summarize, write_inspection
 from ..inspection.scan import ScanFindings, inspect_source, scan

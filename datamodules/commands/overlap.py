@@ -25,15 +25,15 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import Precision, autocast, best_device, check_precision
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
+from lit_clip.tools.imports import __version__
 from lit_clip.tools.reading import naming
-from lit_clip.version import __version__
-from lit_clip.weights.fingerprint import fingerprint
 from ..evaluation.own_classes import ImageFolderClasses
 from ..overlap.page import percent, points, write_overlap
 from ..overlap.search import (

@@ -35,10 +35,9 @@ from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_ch
 from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
 from lit_clip.training.lightning.run_folder import name_folders
-from lit_clip.training.lightning.strategies import gets_weights
+from lit_clip.training.lightning.strategies import gets_weights, watch_started_ranks
 from lit_clip.training.optimizers import PARTS
-from lit_clip.training.plan import print_plan_of
-from lit_clip.training.summary import print_summary, resume_command
+from lit_clip.training.plan import print_plan_of, print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits, weights_come_later
 
@@ -193,8 +192,6 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         evaluate_as_given(trainer)
         if not self.setting("print_plan"):  # which starts no other ranks
-            from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
-
             watch_started_ranks(trainer)
         keep_freed_memory(trainer.strategy.root_device)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's

@@ -16,9 +16,9 @@ from lit_clip.cli.subcommands import CONFIGURED, help_text
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.class_paths import find_stubs_without_a_program, find_working_folder, import_modules
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams, silence
+from lit_clip.tools.imports import __version__
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
-from lit_clip.version import __version__
 
 # Other tools' names of commands, which are spelt too differently to be suggested.
 ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot": "evaluate", "benchmark": "evaluate"}

@@ -21,12 +21,12 @@ from lit_clip.embedding.index import INDEX, combined, nearest, update_index
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import Precision, check_precision
 from lit_clip.tools.html import page_path, thumbnail, write_page
 from lit_clip.tools.images import open_image, upright
-from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 # Rooms that need not be there: what opens an index, by its suffix, and what draws where an image fits a query.

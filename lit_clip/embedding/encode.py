@@ -37,15 +37,15 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hardware import Precision, autocast, keep_freed_memory
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
+from lit_clip.tools.imports import __version__
 from lit_clip.tools.workers import Mapped, loader, workers_for_images
-from lit_clip.version import __version__
-from lit_clip.weights.fingerprint import fingerprint
 from lit_clip.weights.load import load_model
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def make_trainer(settings: EncodingSettings) -> "Trainer":
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch import Trainer
 
-    from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+    from lit_clip.training.lightning.strategies import watch_started_ranks
 
     nodes = 1  # machines on which torchrun or SLURM runs this job
     if TorchElasticEnvironment.detect():

@@ -18,6 +18,7 @@ from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
 from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
@@ -25,7 +26,6 @@ from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.own_files import default_cache_dir
 from lit_clip.tools.reading import reading
-from lit_clip.weights.fingerprint import fingerprint
 
 INDEX, EXAMPLES = ".lit-clip-index.npz", ".lit-clip-examples.npz"  # beside the images
 KEPT_BESIDE = (INDEX, EXAMPLES)

@@ -23,12 +23,12 @@ from lit_clip.evaluation.data import LabelledImages, Localised
 from lit_clip.evaluation.suite import ClassNames, SuiteEntry, as_text
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import text_sha256
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.own_files import installed_file
 from lit_clip.tools.reading import read_json, read_yaml
 from lit_clip.tools.untrusted import shortened
-from lit_clip.weights.fingerprint import text_sha256
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 PAPER, PACKAGE = "paper:", "clip_benchmark:"

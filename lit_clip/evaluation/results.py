@@ -13,13 +13,13 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.suite import SuiteEntry, Task, suite_path
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import Fingerprint
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
+from lit_clip.tools.imports import __version__
 from lit_clip.tools.reading import read_json
 from lit_clip.tools.untrusted import Count, convert, entries
-from lit_clip.version import __version__
-from lit_clip.weights.fingerprint import Fingerprint
 
 MOST_LISTED = 20  # files by name
 PACKAGES = (

@@ -25,12 +25,12 @@ from lit_clip.evaluation.data import ImageSet, JudgedDocuments, PartOf
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask
 from lit_clip.evaluation.set_encoding import SetFeatures, set_task
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
 from lit_clip.tools.reading import check_is_file, read_json, reading
-from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes

@@ -25,9 +25,9 @@ from lit_clip.evaluation.zero_shot import zero_shot_classifier
 from lit_clip.heads.head import Head, HeadFacts
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.images import image_for_model
-from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATES = ("a photo of a {}.",)
 DRAWS = 5  # of held-out examples

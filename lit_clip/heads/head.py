@@ -21,13 +21,13 @@ from lit_clip.evaluation.thresholds import check_names
 from lit_clip.evaluation.zero_shot import check_templates
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import Finite, check_fields, from_plain
 from lit_clip.tools.weight_files import read_file
-from lit_clip.weights.fingerprint import fingerprint
 
 FORMAT = "lit-clip head 1"
 MOST_BYTES = 2**32

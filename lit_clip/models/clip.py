@@ -18,12 +18,12 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig
 from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, input_dtype, text_encoder
 from lit_clip.models.external_config import CustomTextConfig
 from lit_clip.models.external_settings import with_external_settings
-from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.layers import Tower
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import TextTransformer
 
 if TYPE_CHECKING:
+    from lit_clip.models.frozen_prefix import FrozenPrefix
     from lit_clip.models.heat_maps import Item
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5

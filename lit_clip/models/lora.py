@@ -62,8 +62,10 @@ def target_names(model: CLIP, towers: Sequence[Tower] = TOWERS) -> list[str]:
     return found
 
 
-def add_lora(model: CLIP, lora: LoRA) -> None:
+def add_lora(model: CLIP, lora: LoRA) -> str:
     """Insert additions that start at zero; freeze the rest of their encoders, except heads if wanted.
+
+    Return the SHA-256 of the weights that they add to.
 
     peft's wrapper for torch's attention replaces its forward, which ours overrides. The fused weight is therefore a
     target parameter: peft adds to it for the duration of any forward.
@@ -72,6 +74,9 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("model.lora needs peft: pip install peft") from error
+    from lit_clip.models.fingerprint import weights_sha256
+
+    sha256 = weights_sha256(model)
     names = target_names(model, lora.towers)
     beside = _trained_beside(model, lora)  # peft freezes what it is not told to adapt
     for name in names:
@@ -89,6 +94,7 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         inject_adapter_in_model(config, getattr(model, root))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_added(name) or name in beside)
+    return sha256
 
 
 def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:

@@ -1,4 +1,4 @@
-"""Import a package's names when they are first used, and a clone's folders by their short names.
+"""Import a package's names when they are first used, and a clone's folders by their short names; and the release.
 
 ``callbacks`` and ``datamodules`` are modules of ``lit_clip``, as in the wheel. Python also finds the folders
 themselves, where a clone is searched: ``datamodules.captions`` then is ``lit_clip.datamodules.captions``, and no class
@@ -15,6 +15,8 @@ from importlib.util import find_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+__version__ = "0.1.0"  # here, at the bottom of the import order, so that results and model cards can name it
 
 
 def lazy_names(package: str, file: str) -> Callable[[str], Any]:

@@ -18,12 +18,12 @@ from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import described
 from lit_clip.models.finetuning import frozen_modules
+from lit_clip.models.fingerprint import tensors_sha256
 from lit_clip.models.frozen_prefix import FrozenPrefix, frozen_activations, sample_inputs
 from lit_clip.models.layers import tower_parameters
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
-from lit_clip.weights.fingerprint import tensors_sha256
 
 LAYOUT = 1  # a new number makes old files be written again
 VERSIONS, IMAGES = 4, 8_000  # of each image, and of all images, from which heads alone learn

@@ -129,11 +129,8 @@ class RunHooks(LightningModule):
         for name in frozen_names(self.model, freeze):
             self.model.get_parameter(name).requires_grad_(False)
         if lora:
-            from lit_clip.weights.fingerprint import weights_sha256
-
             require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
-            self.base_sha256 = weights_sha256(self.model)
-            add_lora(self.model, lora)
+            self.base_sha256 = add_lora(self.model, lora)
         norms = batch_norms(self.model) if freeze.batch_norm else []
         self._frozen_modules = [*frozen_modules(self.model, freeze), *norms]  # names: a strategy replaces modules
         self._changing = changing_weights(self.model, self._frozen_modules)

@@ -17,10 +17,10 @@ from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.weighted import ModelFeatures, blockwise_distillation, feature_distance
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import height_width
+from lit_clip.models.fingerprint import tensors_sha256
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.models.lora import is_added
 from lit_clip.tools.hardware import to_device
-from lit_clip.weights.fingerprint import tensors_sha256
 from lit_clip.weights.load import load_model
 
 if TYPE_CHECKING:

@@ -153,16 +153,13 @@ def _merged(weights: "Weights", path: Path, checkpoint: dict[str, Any], above: t
         raise InputError(f"{path}: its settings have no LoRA, or no base of it")
     if path.resolve() in above:
         raise InputError(f"{path}: its LoRA belongs to a model that is made of it")
-    from lit_clip.weights.fingerprint import weights_sha256
-
     try:
         architecture = resolve_architecture(hparams["architecture"])
         sizes = hparams.get("image_size"), hparams.get("context_length")
         model = _load(base, architecture, *sizes, (*above, path.resolve()))
         for name in frozen_names(model, from_plain(Freeze, hparams.get("freeze") or {}, "freeze")):
             model.get_parameter(name).requires_grad_(False)  # a frozen block has no additions
-        sha256 = weights_sha256(model)
-        add_lora(model, from_plain(LoRA, hparams["lora"], "lora"))
+        sha256 = add_lora(model, from_plain(LoRA, hparams["lora"], "lora"))
     except InputError as error:
         raise InputError(f"{path}: cannot open the weights that its LoRA belongs to: {error}") from error
     check_base(checkpoint, sha256, path)

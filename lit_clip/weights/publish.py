@@ -14,9 +14,9 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.models.preprocess import resize_size
 from lit_clip.tools.html import render
+from lit_clip.tools.imports import __version__
 from lit_clip.tools.reading import first_line
 from lit_clip.tools.weight_files import is_path
-from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
 from lit_clip.weights.formats import FORMATS, OnnxDType, tolerance_of
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name

@@ -23,7 +23,7 @@ from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.weights.fingerprint import fingerprint
+from lit_clip.models.fingerprint import fingerprint
 from tests.helpers.colours import BLACK, RED, beside, colour_model
 from tests.helpers.encoding import watch_encoding
 

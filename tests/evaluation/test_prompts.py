@@ -19,7 +19,7 @@ from lit_clip.evaluation import prompts as module
 from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.weights.fingerprint import text_sha256
+from lit_clip.models.fingerprint import text_sha256
 
 COUNTS = {  # classes and templates, counted in the paper's own files
     "Food101": (101, 1),

@@ -13,12 +13,12 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig
 from lit_clip.models.external_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.models.flops import training_flops
 from lit_clip.models.layers import layer_groups, tower_blocks
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import LayerDecay, Rates, rated_layers
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers import own_encoders as own
 from tests.helpers.ranks import PAIRS, make_batch, make_module
 

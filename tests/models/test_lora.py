@@ -21,12 +21,12 @@ from lit_clip.models import registry
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.models.test_finetune import external_towers
 from tests.models.test_rates import same_features

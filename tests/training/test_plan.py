@@ -24,9 +24,19 @@ from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.training.plan import RunPlan, Work, contradictions, measure_run, plan_rows, tower_work
+from lit_clip.training.plan import (
+    RunPlan,
+    Work,
+    contradictions,
+    measure_run,
+    plan_rows,
+    print_next_steps,
+    print_summary,
+    print_trained,
+    resume_command,
+    tower_work,
+)
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.training.summary import print_next_steps, print_summary, print_trained, resume_command
 from lit_clip.weights.load import create_model
 from tests.conftest import TINY_YAML
 from tests.helpers.towers import text_config

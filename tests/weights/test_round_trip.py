@@ -24,8 +24,8 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.fingerprint import weights_sha256
 from lit_clip.models.lora import LoRA, add_lora
-from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import load_model
 from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos
 from tests.helpers.own_encoders import architecture

@@ -18,7 +18,7 @@ from lit_clip.tools.parts import Description, class_paths, setting_changes
 from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import Count, convert, entries, shortened
 from lit_clip.tools.weight_files import check_tensors_within, load_mapped
-from lit_clip.training.lightning.run_folder import newest_config, shown
+from lit_clip.training.lightning.run_folder import newest_config, shown_path
 from lit_clip.weights.checkpoints import RESUMED
 
 # States of an optimiser that are of their parameter's shape.
@@ -31,7 +31,7 @@ LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Description], name: str) -> None:
     """Refuse to resume with another optimiser or loss than the checkpoint's; report other changed settings."""
     config = newest_config(Path(name).parent.parent)
-    how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
+    how = f"--config {shown_path(config)}" if config else "the configuration, or in Python the arguments, of its run"
     changes = []
     for part, description in ((name, each) for name, each in ours.items() if each != saved[name]):
         there, here = (" of ".join(class_paths(each)) for each in (saved[part], description))

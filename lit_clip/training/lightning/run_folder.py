@@ -58,15 +58,15 @@ def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
         own, runs = Path(logger.log_dir).resolve(), Path(logger.root_dir).resolve()
         before = Path(resumed_from).resolve().parents if resumed_from else ()
         folder = runs if runs in before and own not in before else own  # with the beginning of a resumed run
-        return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
+        return shlex.join(["tensorboard", "--logdir", str(shown_path(folder))])
     if isinstance(logger, CSVLogger):
-        return str(shown(Path(logger.log_dir, "metrics.csv")))
+        return str(shown_path(Path(logger.log_dir, "metrics.csv")))
     if isinstance(logger, WandbLogger):
         run: Any = logger.experiment
         if not getattr(run, "dir", None):  # mode: disabled
             return None
         folder = Path(run.dir).parent  # of run.dir, which is its `files`
-        return shlex.join(["wandb", "sync", str(shown(folder))]) if run.offline else run.url
+        return shlex.join(["wandb", "sync", str(shown_path(folder))]) if run.offline else run.url
     if isinstance(logger, MLFlowLogger):
         address = str(logger._tracking_uri)  # of the store that it writes to
         if address.startswith("http"):
@@ -75,7 +75,7 @@ def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
     return None
 
 
-def shown(path: Path) -> Path:
+def shown_path(path: Path) -> Path:
     """Return a path for messages: relative to the working folder if it is below that."""
     path = path.resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

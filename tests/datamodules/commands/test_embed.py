@@ -20,7 +20,7 @@ from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import VisionTransformerConfig
-from lit_clip.weights.fingerprint import fingerprint
+from lit_clip.models.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 from tests.helpers.encoding import changed_copy, watch_encoding
 

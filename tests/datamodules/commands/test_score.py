@@ -19,8 +19,8 @@ from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.hashing import pair_hash
-from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.encoding import watch_encoding
 
 CAPTIONS = [

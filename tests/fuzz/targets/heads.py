@@ -16,8 +16,8 @@ from lit_clip.commands.class_examples import TABLES, read_examples
 from lit_clip.errors import InputError
 from lit_clip.heads import Head, load_head
 from lit_clip.heads.head import HeadFacts
+from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.reading import from_cell
-from lit_clip.weights.fingerprint import fingerprint
 from tests.fuzz.inputs import SECRET, Edit, Input, Inputs, Target, damaged, edited, edits
 from tests.fuzz.targets.weights import HOSTILE, tiny_model
 

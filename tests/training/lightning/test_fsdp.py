@@ -19,10 +19,10 @@ from lit_clip import load_model
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
+from lit_clip.models.fingerprint import text_sha256
 from lit_clip.training.lightning.fsdp import _check, whole_weights
 from lit_clip.training.optimizers import EXCEPT_GAINS_AND_BIASES, Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.weights.fingerprint import text_sha256
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers.ranks_scale import TINY
 from tests.helpers.small_sets import write_table

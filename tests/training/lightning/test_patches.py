@@ -38,7 +38,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.training.lightning import __doc__ as table
-from lit_clip.training.lightning import rank_watchdog
+from lit_clip.training.lightning import strategies as rank_watchdog
 from lit_clip.training.lightning.strategies import SyncBatchNorm, synchronise_batch_norm
 from tests.helpers.forks import CONTEXT
 

@@ -15,8 +15,8 @@ from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
+from lit_clip.models.fingerprint import Fingerprint, fingerprint, text_sha256, weights_sha256
 from lit_clip.weights import fingerprint as fingerprints
-from lit_clip.weights.fingerprint import Fingerprint, fingerprint, text_sha256, weights_sha256
 
 
 def changed(before: Fingerprint, after: Fingerprint) -> list[str]:
