@@ -57,7 +57,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 import datamodules.captions, datamodules.pairs.source, lit_clip.datamodules.pairs.source
 import datamodules.open_source, datamodules.pairs.decisions, datamodules.pairs.folder, datamodules.pairs.remote
-import datamodules.shards.pairs
+import datamodules.shards.pairs, datamodules.shards.writing, datamodules.overlap.search
 from callbacks.ema import EMA
 from lit_clip import callbacks
 assert datamodules.pairs.source is lit_clip.datamodules.pairs.source

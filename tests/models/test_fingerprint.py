@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
+from lit_clip.models import fingerprint as fingerprints
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.fingerprint import Fingerprint, fingerprint, text_sha256, weights_sha256
-from lit_clip.weights import fingerprint as fingerprints
 
 
 def changed(before: Fingerprint, after: Fingerprint) -> list[str]:

@@ -38,7 +38,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.training.lightning import __doc__ as table
-from lit_clip.training.lightning import strategies as rank_watchdog
+from lit_clip.training.lightning import strategies
 from lit_clip.training.lightning.strategies import SyncBatchNorm, synchronise_batch_norm
 from tests.helpers.forks import CONTEXT
 
@@ -86,7 +86,7 @@ def test_loop_counts_lightning_begins_an_epoch_that_it_does_not_count(tmp_path: 
     assert loops["epoch_progress"]["current"]["started"] == loops["epoch_progress"]["current"]["processed"]
 
 
-def test_rank_watchdog_lightning_kills_the_first_rank() -> None:
+def test_strategies_lightning_kills_the_first_rank() -> None:
     assert "_launch_process_observer" in inspect.getsource(_SubprocessScriptLauncher.launch)
     assert "SIGKILL" in inspect.getsource(_ChildProcessObserver)
 
@@ -211,9 +211,9 @@ def test_command_line_ctrl_c_becomes_an_exit() -> None:
 def lead(scripts: Sequence[str], path: str) -> None:
     """Be busy while others run; record stderr and whether they have ended."""
     sys.stderr = open(path, "w")  # noqa: SIM115
-    rank_watchdog.GRACE = rank_watchdog.PERIOD = 0.1  # pyright: ignore
+    strategies.GRACE = strategies.PERIOD = 0.1  # pyright: ignore
     others = [subprocess.Popen([sys.executable, "-S", "-c", script]) for script in scripts]
-    rank_watchdog._watch(others)
+    strategies._watch(others)
     for other in others:
         other.wait()
 
