@@ -27,9 +27,8 @@ from lit_clip.training.frozen_features import (
     store_texts,
 )
 from lit_clip.training.lightning.fsdp import whole_weights
+from lit_clip.training.losses import OtherImageContrastive, PlaceContrastive
 from lit_clip.training.micro_batches import HARD_NEGATIVES
-from lit_clip.training.other_images import OtherImageContrastive
-from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.teacher import Distillation, Teacher
 from .compile import Compile
 

@@ -155,8 +155,8 @@ class Captions(CaptionDataModule):
         columns, two = self._options["columns"], self.images.per_thing == "two"
         for given, name, option, ours in (
             (columns.weight, "weight", "columns.weight", "losses.WeightedContrastive"),
-            (columns.title, "title", "columns.title", "training.titles.WithTitle"),
-            (two, "other_image", "images.per_thing", "training.other_images.OtherImageContrastive"),
+            (columns.title, "title", "columns.title", "training.losses.WithTitle"),
+            (two, "other_image", "images.per_thing", "training.losses.OtherImageContrastive"),
         ):
             unread = f"data.{option}: {type(loss).__name__} does not read it; leave it out, or use lit_clip.{ours}"
             require(not given or name in read, unread)

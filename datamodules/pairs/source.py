@@ -375,7 +375,7 @@ class Columns:
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
         weight: how much a pair counts in :class:`lit_clip.losses.WeightedContrastive`, a number of at least 0.
-        title: a text that belongs to the image, for :class:`lit_clip.training.titles.WithTitle`.
+        title: a text that belongs to the image, for :class:`lit_clip.training.losses.WithTitle`.
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
@@ -417,7 +417,7 @@ class ImageOptions:
     Attributes:
         per_thing: of a thing with several images, each epoch trains on ``one``, others in the next epochs, so that each
             is used once before any is used again, or on ``all`` of them, each with the texts of its row. ``two``: on
-            one, and a second one at random, for :class:`lit_clip.training.other_images.OtherImageContrastive`; where
+            one, and a second one at random, for :class:`lit_clip.training.losses.OtherImageContrastive`; where
             there is none, on the image augmented a second time. ``together``: a step has a thing once, as the mean of
             its images' unit features, with one of its captions; batches then count things. A thing is a row that lists
             several images, and all rows of a group (``columns.group``). None: ``one`` of the images that a row lists; a

@@ -21,6 +21,7 @@ from lit_clip.tools.hardware import Precision, autocast
 from lit_clip.training.frozen_features import Encoding
 
 AT_ONCE, TEXTS = 32, 128  # images that are encoded at once, and captions: those of one length are
+ENOUGH = 0.8  # seconds to measure a call for
 STEP, SLACK = 64, 1.2  # images or captions of a step; of decoding beside encoding, which share the cores
 
 
@@ -42,10 +43,7 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
     model.frozen_prefixes.clear()
     stored_rows = data.image_rows(int(augmented))
     read, count = data.image_reader(stored_rows), min(AT_ONCE, stored_rows.count)
-    read([0])  # the first one is slower
-    started = time.monotonic()
-    images = read(range(count)).images
-    decoding = (time.monotonic() - started) / count
+    images, decoding = _timed(lambda: read(range(count)).images)
     listed = range(min(TEXTS, len(data.train_source)))
     captions = [caption for row in listed for caption in data.train_source.captions(row)[:1]]
     with evaluation_mode(module):
@@ -71,8 +69,8 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
     _, text_step = _timed(lambda: step(lambda: text_features_from(model, texts, tokens, repeated)))
     workers = max(1, data.num_workers)
     beside = (os.cpu_count() or 1) > workers  # images are decoded while others are encoded
-    each = SLACK * max(image / count, decoding / workers) if beside else image / count + decoding / workers
-    return Speed(each, text / len(captions), image_step / STEP, text_step / STEP)
+    each = SLACK * max(image, decoding / workers) if beside else image + decoding / workers
+    return Speed(each / count, text / len(captions), image_step / STEP, text_step / STEP)
 
 
 def _encoded_texts(encoding: Encoding, model: CLIP, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -100,9 +98,12 @@ def require_prefix(model: CLIP) -> FrozenPrefix:
 
 
 def _timed(call: Any) -> tuple[Any, float]:
-    """Return a call's result and its seconds: the median of three calls after a slower first one."""
+    """Return a call's result and its seconds: the median of some calls after a slower first one.
+
+    Of three short calls a busy moment slows two: a run planned by them ended after 3.6 of its 5 minutes.
+    """
     result, times = call(), []
-    for _ in range(3):
+    while len(times) < 3 or len(times) * min(times) < ENOUGH:
         started = time.monotonic()
         result = call()
         if torch.cuda.is_available():

@@ -16,7 +16,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.running import evaluation_mode
 from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.hardware import to_device
-from lit_clip.training.encode_again import EncodesAgain
+from lit_clip.training.losses import EncodesAgain
 from lit_clip.training.micro_batches import encode_pairs
 
 BATCH = 64  # kept pairs that are encoded at once before training

@@ -36,8 +36,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import ABSENT, DONE, StoredRows
-from lit_clip.training.other_images import OtherImageContrastive
-from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.losses import OtherImageContrastive, PlaceContrastive
 from lit_clip.training.preservation import Preservation
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.forks import CONTEXT

@@ -25,8 +25,7 @@ from lit_clip.losses import Contrastive, Sum, WeightedContrastive
 from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.finetuning import Freeze
-from lit_clip.training.other_images import OtherImageContrastive
-from lit_clip.training.titles import WithTitle
+from lit_clip.training.losses import OtherImageContrastive, WithTitle
 from tests.helpers.epochs import tabulated
 from tests.helpers.small_sets import make_module, make_trainer
 from tests.helpers.tar_shards import write_tar

@@ -42,12 +42,10 @@ from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import to_device
 from lit_clip.training import preservation
+from lit_clip.training.losses import OtherImageContrastive, PlaceContrastive, WithTitle
 from lit_clip.training.micro_batches import encode_pairs
-from lit_clip.training.other_images import OtherImageContrastive
-from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import Preservation
 from lit_clip.training.teacher import Distillation, Teacher
-from lit_clip.training.titles import WithTitle
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
 from tests.helpers.towers import shaken
 

@@ -16,7 +16,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
-from lit_clip.recipes import Choice, Facts, FineTuning, FromScratch, PretrainedEncoders, Recipe, Run
+from lit_clip.recipes import Choice, Facts, FineTuning, FromScratch, PretrainedEncoders, Recipe, Run, speed
 from lit_clip.recipes.pretrained_encoders import (
     DEEP,
     KINDS,
@@ -432,6 +432,16 @@ def test_speeds_are_measured_for_trainable_blocks_and_heads(module_and_data: tup
     assert all(value > 0 for speed in speeds for value in speed)
     with pytest.raises(InputError, match="recipe: the image encoder has no frozen layers to store"):
         measure(module, data, "32-true", Freeze(None, UnlockLast(0)), augmented=True)
+
+
+def test_a_busy_moment_changes_no_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, clock = iter([9.0, 2.0, 2.0, *[0.1] * 100]), [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def call() -> None:
+        clock[0] += next(seconds)
+
+    assert speed._timed(call)[1] == pytest.approx(0.1)
 
 
 def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Captions]) -> None:

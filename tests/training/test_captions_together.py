@@ -12,7 +12,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Alignment, Contrastive, Loss, Matryoshka, Sigmoid, Sum, WeightedContrastive
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import RetrievalSet
-from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.losses import PlaceContrastive
 from lit_clip.training.teacher import Distillation
 from tests.helpers.ranks import CONFIG, PAIRS, make_module
 from tests.helpers.ranks_together import (

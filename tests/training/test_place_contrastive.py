@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-import lit_clip.training.place_contrastive
+import lit_clip.training.losses
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import Preprocessing, ResNetConfig
 from lit_clip.models.external_config import CustomImageConfig
 from lit_clip.models.finetuning import Freeze
-from lit_clip.training.encode_again import EncodesAgain
-from lit_clip.training.place_contrastive import PlaceContrastive, place_similarities
+from lit_clip.training.losses import EncodesAgain, PlaceContrastive, place_similarities
 from tests.helpers.own_encoders import Image
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch, make_module
 from tests.losses.test_tiled import Largest
@@ -34,7 +33,7 @@ def test_blocks_of_images_have_the_value_and_gradients_of_all_at_once(monkeypatc
     features = [unit(torch.randn(*shape, 5, generator=generator).double()) for shape in ((7, 4), (9,))]
     results = []
     for most in (2**24, 2 * 4 * 9):
-        monkeypatch.setattr(lit_clip.training.place_contrastive, "COSINES", most)
+        monkeypatch.setattr(lit_clip.training.losses, "COSINES", most)
         leaves = [x.clone().requires_grad_() for x in features]
         with Largest() as largest:
             similarities = place_similarities(*leaves)
@@ -75,7 +74,7 @@ def test_it_is_described_and_in_no_checkpoint() -> None:
     module.loss.prepare(module.model)
     assert {name for name, _ in module.named_parameters()} == alone
     described = module.loss.describe()["init_args"]["terms"][1]
-    assert described["class_path"] == "lit_clip.training.place_contrastive.PlaceContrastive"
+    assert described["class_path"] == "lit_clip.training.losses.PlaceContrastive"
 
 
 @pytest.mark.parametrize(

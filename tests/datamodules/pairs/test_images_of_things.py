@@ -25,7 +25,7 @@ from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.models.config import Preprocessing
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
-from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.losses import PlaceContrastive
 from tests.datamodules.pairs.test_saved import IMAGE, save
 from tests.helpers.epochs import assert_resumes, epoch_of, opened, shared_by, tabulated, written
 from tests.helpers.frozen_runs import Run, fit
