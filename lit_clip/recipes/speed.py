@@ -21,7 +21,7 @@ from lit_clip.tools.hardware import Precision, autocast
 from lit_clip.training.frozen_features import Encoding
 
 AT_ONCE, TEXTS = 32, 128  # images that are encoded at once, and captions: those of one length are
-ENOUGH = 0.8  # seconds to measure a call for
+ENOUGH = 0.3  # seconds to measure a call for
 STEP, SLACK = 64, 1.2  # images or captions of a step; of decoding beside encoding, which share the cores
 
 
