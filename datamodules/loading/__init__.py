@@ -1,1 +1,1 @@
-"""From samples to batches: sampling, decoding, augmentation, bad samples, and the cache folder."""
+"""From samples to batches: sampling, decoding, augmentation, bad samples, and stores."""

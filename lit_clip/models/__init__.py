@@ -1,1 +1,1 @@
-"""The two encoders: configuration, preprocessing, tokenizers, the registry of names, resizing, LoRA, FLOPs."""
+"""The two encoders: configuration, preprocessing, tokenizers, the registry of names, resizing, LoRA, FLOPs, fingerprints."""

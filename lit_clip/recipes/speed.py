@@ -21,7 +21,7 @@ from lit_clip.tools.hardware import Precision, autocast
 from lit_clip.training.frozen_features import Encoding
 
 AT_ONCE, TEXTS = 32, 128  # images that are encoded at once, and captions: those of one length are
-ENOUGH = 0.3  # seconds to measure a call for
+ENOUGH, MOST_CALLS = 0.3, 30  # seconds to measure a call for
 STEP, SLACK = 64, 1.2  # images or captions of a step; of decoding beside encoding, which share the cores
 
 
@@ -43,7 +43,10 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
     model.frozen_prefixes.clear()
     stored_rows = data.image_rows(int(augmented))
     read, count = data.image_reader(stored_rows), min(AT_ONCE, stored_rows.count)
-    images, decoding = _timed(lambda: read(range(count)).images)
+    read([0])  # the first one is slower
+    started = time.perf_counter()
+    images = read(range(count)).images  # once: read again they may come from memory
+    decoding = time.perf_counter() - started
     listed = range(min(TEXTS, len(data.train_source)))
     captions = [caption for row in listed for caption in data.train_source.captions(row)[:1]]
     with evaluation_mode(module):
@@ -103,10 +106,10 @@ def _timed(call: Any) -> tuple[Any, float]:
     Of three short calls a busy moment slows two: a run planned by them ended after 3.6 of its 5 minutes.
     """
     result, times = call(), []
-    while len(times) < 3 or len(times) * min(times) < ENOUGH:
-        started = time.monotonic()
+    while len(times) < 3 or (len(times) * min(times) < ENOUGH and len(times) < MOST_CALLS):
+        started = time.perf_counter()
         result = call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.monotonic() - started)
+        times.append(time.perf_counter() - started)
     return result, statistics.median(times)

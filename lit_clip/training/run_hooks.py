@@ -262,6 +262,8 @@ class RunHooks(LightningModule):
             trainer.progress_bar_metrics["train/loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
+        if missing := getattr(self.trainer.strategy, "compute_missing_batches", None):  # ours for shards
+            missing()
         validate_without_synchronising(self.trainer.strategy, self.model)
 
     def on_test_epoch_start(self) -> None:

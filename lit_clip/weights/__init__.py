@@ -1,1 +1,1 @@
-"""Weights in files: sources and the hub, loading, other libraries' formats, export, model card, fingerprints."""
+"""Weights in files: sources and the hub, loading, other libraries' formats, export, model card."""

@@ -436,7 +436,7 @@ def test_speeds_are_measured_for_trainable_blocks_and_heads(module_and_data: tup
 
 def test_a_busy_moment_changes_no_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, clock = iter([9.0, 2.0, 2.0, *[0.02] * 100]), [0.0]
-    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def call() -> None:
         clock[0] += next(seconds)

@@ -169,7 +169,7 @@ class FSDP(DDPStrategy):
             return read_sharded(Path(checkpoint_path), self._my_rows)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
-    def on_validation_start(self) -> None:
+    def compute_missing_batches(self) -> None:
         """Compute empty batches until all ranks have equally many; a collective.
 
         At the start of a validation: at its end callbacks' collectives would meet the other ranks' batches.
