@@ -1,1 +1,1 @@
-"""The two encoders: configuration, preprocessing, tokenizers, the registry of names, resizing, LoRA, FLOPs, fingerprints."""
+"""The two encoders: configuration, preprocessing, tokenizers, names, resizing, LoRA, FLOPs, fingerprints."""
