@@ -442,6 +442,7 @@ def test_a_busy_moment_changes_no_measured_speed(monkeypatch: pytest.MonkeyPatch
         clock[0] += next(seconds)
 
     assert speed._timed(call)[1] == pytest.approx(0.02)
+    assert speed._timed(lambda: None)[1] == 0  # shorter than the clock can tell: it ends
 
 
 def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Captions]) -> None:
