@@ -2,16 +2,19 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.weighted import ModelFeatures, blockwise_distillation, feature_distance
@@ -21,19 +24,9 @@ from lit_clip.models.fingerprint import tensors_sha256
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.models.lora import is_added
 from lit_clip.tools.hardware import to_device
-from lit_clip.weights.load import load_model
-
-if TYPE_CHECKING:
-    from lit_clip.training.teacher import TeacherTables
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import NamedTuple
-
-import numpy as np
-
-from lit_clip.errors import BadSample
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import shortened
+from lit_clip.weights.load import load_model
 
 SCALE = 100.0  # inverse temperature of most published models, for tables that do not name theirs
 
@@ -214,8 +207,6 @@ class Distillation(Loss):
         elif self.loaded is None:
             paths = self.teacher if isinstance(self.teacher, list) else [str(self.teacher)]
             if all(Path(path).suffix == ".parquet" for path in paths):
-                from lit_clip.training.teacher import TeacherTables  # few runs have tables
-
                 self.loaded = TeacherTables(paths)
             else:
                 self.loaded = Teacher(load_model(str(self.teacher)))
