@@ -80,9 +80,7 @@ class Parity(NamedTuple):
 
 def model_cfg(name: str) -> dict[str, Any]:
     """Return open_clip's configuration of a model."""
-    folder = configs_folder()
-    assert folder is not None
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((configs_folder() / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def made_small(cfg: dict[str, Any]) -> dict[str, Any]:

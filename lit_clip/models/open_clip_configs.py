@@ -1,6 +1,5 @@
 """Translate open_clip's configurations of models that lit-clip supports."""
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.models.external_settings import is_naflex, timm_hub_model, timm_preprocessing
+from lit_clip.tools.own_files import installed_file
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
@@ -81,25 +81,20 @@ class _CheckedDict:
             self.check(allowed is None or value in allowed, key, value)
 
 
-def configs_folder() -> Path | None:
+def configs_folder() -> Path:
     """Return the configuration folder of the installed ``open-clip-torch``, without importing the package."""
-    spec = importlib.util.find_spec("open_clip")
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) / "model_configs" if places else None
+    return installed_file("open_clip", "open-clip-torch", "model_configs")
 
 
 @lru_cache(maxsize=1)
 def open_clip_names() -> tuple[str, ...]:
     """List every model name with a configuration in open_clip."""
-    folder = configs_folder()
-    return tuple(sorted(path.stem for path in folder.glob("*.json"))) if folder else ()
+    return tuple(sorted(path.stem for path in configs_folder().glob("*.json")))
 
 
 def model_config(name: str) -> dict[str, Any]:
     """Return open_clip's ``model_cfg`` for a name of :func:`open_clip_names`."""
-    folder = configs_folder()
-    assert folder is not None
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((configs_folder() / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:

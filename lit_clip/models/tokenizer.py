@@ -6,12 +6,10 @@ code, so ids equal OpenAI's for any text, and open_clip's (which spells the spec
 
 import gzip
 import html
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import ftfy
@@ -22,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
+from lit_clip.tools.own_files import installed_file
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 SOT_ID, EOT_ID = 49406, 49407
@@ -45,10 +44,7 @@ def bytes_to_unicode() -> dict[int, str]:
 @lru_cache(maxsize=1)
 def byte_pair_tokenizer() -> Tokenizer:
     """Build CLIP's byte-pair encoding for texts that are already cleaned and split."""
-    spec = importlib.util.find_spec("open_clip")  # not imported, which takes seconds
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("the BPE vocabulary comes with open-clip-torch, which is not installed")
-    merges_file = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    merges_file = installed_file("open_clip", "open-clip-torch", "bpe_simple_vocab_16e6.txt.gz")
     with gzip.open(merges_file, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
     merges = [(left, right) for left, right in (line.split() for line in lines)]
