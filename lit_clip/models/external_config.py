@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.size import ContextLength, Size, normalised
 from lit_clip.tools.parts import is_plain, qualified_name, script_name
-from lit_clip.tools.untrusted import check_fields, check_names_nothing, check_options, convert
+from lit_clip.tools.untrusted import check_fields, check_names_nothing, check_options, convert, entries
 
 HUB = "hf-hub:"
 
@@ -23,12 +23,8 @@ def check_timm_options(options: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}.{name} is not allowed; set pretrained")
 
 
-class HubModel(TypedDict):
-    """The timm model of a hub name, as plain values; see :func:`lit_clip.models.external_settings.timm_hub_model`."""
-
-    architecture: str
-    model_args: dict[str, Any]
-    data: dict[str, Any]
+# The timm model of a hub name; see :func:`lit_clip.models.external_settings.timm_hub_model`.
+_HUB_MODEL = entries({"architecture": str, **dict.fromkeys(("model_args", "data"), dict[str, Any])}, total=True)
 
 
 @dataclass
@@ -69,7 +65,7 @@ class TimmConfig:
         for theirs in ours.keys() & self.options.keys():
             raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
         if self.model is not None:
-            convert(self.model, HubModel, f"{where}.model")
+            convert(self.model, _HUB_MODEL, f"{where}.model")
             check_timm_options(self.model["model_args"], f"{where}: model.model_args")
             check_names_nothing(self.model, f"{where}: model")
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired
 
 from msgspec import Meta
 from tokenizers import Tokenizer
@@ -34,44 +34,28 @@ _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "lit_clip")
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
-class _PlainSettings(TypedDict, total=False):
-    """The module's settings other than parts and dataclasses; lit_clip.tools.untrusted has the rules."""
-
-    pretrained: str | None
-    image_size: Size | None
-    context_length: AtLeastOne | None
-    micro_batch_size: AtLeastOne | None
-
-
-class _Part(TypedDict):
-    """Class and settings of a part, compared on resume; see lit_clip.tools.parts.Description."""
-
-    class_path: str
-    init_args: dict[str, object]
-
-
-class _Base(TypedDict):
-    pretrained: str
-    sha256: str
-
-
-class _Tokenizer(TypedDict):
-    """See :meth:`HuggingFaceTokenizer.to_dict`."""
-
-    definition: str
-    pad_id: TokenID
-    stripped_id: NotRequired[TokenID]
-
-
 _PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
 _Values, _List = dict[str, object], list[dict[str, object]]
+# The module's settings other than parts and dataclasses; lit_clip.tools.untrusted has the rules.
+_SETTINGS = entries(
+    {
+        "pretrained": str | None,
+        "image_size": Size | None,
+        **dict.fromkeys(("context_length", "micro_batch_size"), AtLeastOne | None),
+    }
+)
+# Class and settings of a part, compared on resume; see lit_clip.tools.parts.Description.
+_PART = entries({"class_path": str, "init_args": _Values}, total=True)
+_BASE = entries({"pretrained": str, "sha256": str}, total=True)
+# See :meth:`HuggingFaceTokenizer.to_dict`.
+_TOKENIZER = entries({"definition": str, "pad_id": TokenID, "stripped_id": NotRequired[TokenID]}, total=True)
 # Entries beside the settings and weights: ours, and those that a run resumes from. A missing one is noticed by who
 # needs it.
 _OURS = entries(
     {
         "weights": str,
-        "parts": entries(dict.fromkeys(_PARTS, _Part), total=True),
-        "base": _Base | None,
+        "parts": entries(dict.fromkeys(_PARTS, _PART), total=True),
+        "base": _BASE | None,
         **dict.fromkeys(("before", "loss"), _Values),
     }
 )
@@ -88,7 +72,7 @@ RESUMED = entries(
 
 def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check the module's settings, and return the dataclasses among them; None stays None."""
-    convert(settings, _PlainSettings, where)
+    convert(settings, _SETTINGS, where)
     typed: dict[str, Any] = {}
     for name, kind in _DATACLASSES.items():
         value = settings[name]
@@ -110,14 +94,12 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         except RecursionError as error:
             raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
         convert(checkpoint, _OURS)
-        convert(hparams, _PlainSettings, "hyper_parameters")
+        convert(hparams, _SETTINGS, "hyper_parameters")
         for name, kind in _DATACLASSES.items():
             if hparams.get(name) is not None:
                 from_plain(kind, hparams[name], name)
         config = CLIPConfig.from_dict(hparams["architecture"])
-        problem = _problem(checkpoint, hparams, config)
-        if problem:
-            raise InputError(problem)
+        _check_complete(checkpoint, hparams, config)
         for tower, class_path in config.own_encoders.items():
             named = f"its {tower} encoder is {class_path}"
             if class_path.partition(".")[0] in _LIBRARIES:  # whose classes take as much memory as the file says
@@ -137,26 +119,25 @@ def _found_base(base: Any, checkpoint: Source) -> Any:
     return str(beside) if beside.exists() else base
 
 
-def _problem(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: CLIPConfig) -> str:
-    """Return why opening a checkpoint would need more than its file; an empty text if it would not."""
+def _check_complete(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: CLIPConfig) -> None:
+    """Raise :class:`InputError` if opening a checkpoint would need more than its file."""
     image, text = config.image, config.text
     for tower in ("image", "text"):
         if started := getattr(getattr(config, tower), "pretrained", False):
-            return f"hyper_parameters.architecture.{tower}.pretrained: {started!r} must be false"
+            raise InputError(f"hyper_parameters.architecture.{tower}.pretrained: {started!r} must be false")
     for name in hparams.keys() & _PARTS:
-        return f"hyper_parameters: may not have {name}, a part; a checkpoint holds data alone"
+        raise InputError(f"hyper_parameters: may not have {name}, a part; a checkpoint holds data alone")
     for name in _OTHER_SETTINGS:  # which nobody would check
         if name in checkpoint and (name != "hparams_name" or checkpoint[name] not in (None, "kwargs")):
-            return f"may not have {name}; its settings are hyper_parameters"
+            raise InputError(f"may not have {name}; its settings are hyper_parameters")
     if hparams.get("pretrained") is not None and "base" not in checkpoint:
-        return "hyper_parameters.pretrained: only a LoRA's checkpoint has a base"
+        raise InputError("hyper_parameters.pretrained: only a LoRA's checkpoint has a base")
     if text.tokenizer is not None and checkpoint.get("tokenizer") is None:
-        return "holds no tokenizer"
+        raise InputError("holds no tokenizer")
     if getattr(text, "model", {}) is None:
-        return "holds no configuration of its text encoder"
+        raise InputError("holds no configuration of its text encoder")
     if isinstance(image, TimmConfig) and image.on_hub and image.model is None:
-        return "holds no configuration of its image encoder"
-    return ""
+        raise InputError("holds no configuration of its image encoder")
 
 
 def saved_settings(
@@ -180,7 +161,7 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
     """Return the tokenizer in a checkpoint; None for CLIP's own."""
-    text, entry = config.text, convert(checkpoint.get("tokenizer"), _Tokenizer | None, "tokenizer")
+    text, entry = config.text, convert(checkpoint.get("tokenizer"), _TOKENIZER | None, "tokenizer")
     if entry is None or text.tokenizer is None:
         return None
     from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
