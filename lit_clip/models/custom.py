@@ -78,7 +78,7 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
 
 
 def size_of(encoder: nn.Module, config: CustomImageConfig | CustomTextConfig) -> Any:
-    """Return an encoder's ``image_size`` or ``context_length``."""
+    """Return an encoder's ``image_size`` or ``context_length``, which must be the architecture's if that has one."""
     kind, name = ("image", "image_size") if isinstance(config, CustomImageConfig) else ("text", "context_length")
     size: Any = getattr(encoder, name, None)
     sides = size if kind == "image" and isinstance(size, list | tuple) else [size, size]
@@ -86,35 +86,45 @@ def size_of(encoder: nn.Module, config: CustomImageConfig | CustomTextConfig) ->
     if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
         wrong = f"architecture.{kind}: {config.class_path} has the {name} {size!r}, at least {least}"
         raise InputError(f"{wrong}; {CONTRACT[kind]}")
-    return normalised((sides[0], sides[1]))
+    now, there = normalised((sides[0], sides[1])), getattr(config, name)
+    same = not there or now == there
+    require(same, f"architecture.{kind}: {config.class_path} has the {name} {now} now, and {there} there")
+    return now
 
 
-class CustomImageEncoder(ImageEncoder):
+class _Wrapping(nn.Module):
+    """Holds an encoder of your own as ``encoder``."""
+
+    def ordered_blocks(self) -> list[nn.Module]:
+        """Return the encoder's ``blocks``; empty if it has none."""
+        encoder: Any = self.encoder
+        blocks = getattr(encoder, "blocks", None)
+        blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
+        inside = {id(module) for module in encoder.modules()}
+        whole = all(id(block) in inside for block in blocks)
+        require(whole, f"architecture: `blocks` of {type(encoder).__name__} holds more than modules of it")
+        return blocks
+
+
+class CustomImageEncoder(_Wrapping, ImageEncoder):
     """Your own image encoder (``encoder``), checked with one small batch when it is created."""
 
     def __init__(self, config: CustomImageConfig, embed_dim: int, bands: int = 3) -> None:
         super().__init__()
         self.bands = bands
-        assert config.image_size is not None  # with_external_settings has filled it in
         self.encoder, self.embed_dim = create_encoder(config, embed_dim), embed_dim
-        self.image_size = config.image_size
-        where, now = f"architecture.image: {config.class_path}", size_of(self.encoder, config)
-        require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
+        self.image_size = size_of(self.encoder, config)
         with evaluation_mode(self), torch.no_grad():
             features = self(torch.zeros(2, bands, *height_width(self.image_size)))
-        _check_features(features, embed_dim, f"{where}: forward", "image")
+        _check_features(features, embed_dim, f"architecture.image: {config.class_path}: forward", "image")
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``; the encoder hides its own projection, if any."""
         self.check(images)
         return self.encoder(images)
 
-    def ordered_blocks(self) -> list[nn.Module]:
-        """Return the encoder's ``blocks``; empty if it has none."""
-        return _blocks(self.encoder)
 
-
-class CustomTextEncoder(nn.Module):
+class CustomTextEncoder(_Wrapping):
     """Your own text encoder (``encoder``), checked with one small batch when it is created.
 
     Its ``tokenizer`` is the encoder's, or CLIP's. With ``reads_lengths`` it is told the texts' lengths, and reads
@@ -124,10 +134,8 @@ class CustomTextEncoder(nn.Module):
     def __init__(self, config: CustomTextConfig, embed_dim: int) -> None:
         super().__init__()
         self.encoder = create_encoder(config, embed_dim)
-        self.context_length = config.context_length
-        where, now = f"architecture.text: {config.class_path}", size_of(self.encoder, config)
-        there = self.context_length
-        require(now == there, f"{where} has the context_length {now} now, and {there} there")
+        self.context_length = there = size_of(self.encoder, config)
+        where = f"architecture.text: {config.class_path}"
         self.tokenizer = _tokenizer(self.encoder, self.context_length, where)
         self.reads_lengths = "lengths" in inspect.signature(self.encoder.forward).parameters
         tokens, wanted = self.tokenizer(TEXTS), f"it must be int64 [N, context_length], here {there}"
@@ -148,20 +156,6 @@ class CustomTextEncoder(nn.Module):
         require(not is_traced(), "the text encoder reads its texts' lengths, which a traced graph cannot")
         lengths = list(lengths) if lengths else self.tokenizer.lengths(tokens).tolist()
         return self.encoder(tokens, lengths=lengths)
-
-    def ordered_blocks(self) -> list[nn.Module]:
-        """Return the encoder's ``blocks``; empty if it has none."""
-        return _blocks(self.encoder)
-
-
-def _blocks(encoder: nn.Module) -> list[nn.Module]:
-    """Return an encoder's ``blocks``; empty if it has none."""
-    blocks: Any = getattr(encoder, "blocks", None)
-    blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
-    inside = {id(module) for module in encoder.modules()}
-    whole = all(id(block) in inside for block in blocks)
-    require(whole, f"architecture: `blocks` of {type(encoder).__name__} holds more than modules of it")
-    return blocks
 
 
 def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, returns: str, given: str, want: str) -> None:
