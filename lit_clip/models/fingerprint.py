@@ -36,11 +36,6 @@ def fingerprint(model: CLIP) -> Fingerprint:
     return Fingerprint(whole, weights, image, _text_digest(model, tensors))
 
 
-def weights_sha256(model: CLIP) -> str:
-    """Return the SHA-256 of the names, types and values of all weights."""
-    return tensors_sha256(model.state_dict())
-
-
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the names, types and values of tensors."""
     return _combined(_digests(tensors))

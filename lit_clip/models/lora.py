@@ -74,9 +74,9 @@ def add_lora(model: CLIP, lora: LoRA) -> str:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("model.lora needs peft: pip install peft") from error
-    from lit_clip.models.fingerprint import weights_sha256
+    from lit_clip.models.fingerprint import tensors_sha256
 
-    sha256 = weights_sha256(model)
+    sha256 = tensors_sha256(model.state_dict())
     names = target_names(model, lora.towers)
     beside = _trained_beside(model, lora)  # peft freezes what it is not told to adapt
     for name in names:

@@ -24,7 +24,7 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
-from lit_clip.models.fingerprint import weights_sha256
+from lit_clip.models.fingerprint import tensors_sha256
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.weights.load import load_model
 from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos
@@ -181,7 +181,8 @@ def test_a_merged_lora_opens_again(tmp_path: Path) -> None:
     model = checkpoint(CLIPConfig(32, VIT, TEXT), tmp_path / "base.ckpt")
     add_lora(model, LoRA(r=2))
     additions = {name: torch.randn_like(value) for name, value in model.state_dict().items() if "lora_" in name}
-    base = {"pretrained": str(tmp_path / "base.ckpt"), "sha256": weights_sha256(load_model(tmp_path / "base.ckpt"))}
+    sha256 = tensors_sha256(load_model(tmp_path / "base.ckpt").state_dict())
+    base = {"pretrained": str(tmp_path / "base.ckpt"), "sha256": sha256}
     settings = {"architecture": model.config.to_dict(), "pretrained": base["pretrained"], "lora": {"r": 2}}
     torch.save({"hyper_parameters": settings, "state_dict": additions, "base": base}, tmp_path / "lora.ckpt")
     export(str(tmp_path / "lora.ckpt"), format="open_clip", output=str(tmp_path / "out"))
