@@ -45,7 +45,7 @@ def measure(library: str, pairs: int, micro: int, steps: int, precision: str, de
     batch = batch_of(pairs, device, model.tokenizer)
     trained = (theirs if library == "open_clip" else module).to(device)
     del theirs, model
-    optimizer = torch.optim.AdamW(decay_groups(trained, 0.2), lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(trained.named_parameters(), 0.2), lr=1e-6, fused=True)
 
     def loss() -> Tensor:
         if library == "lit-clip":

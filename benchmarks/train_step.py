@@ -68,7 +68,8 @@ def pairs_of(model: CLIP, texts: list[str], generator: torch.Generator, device: 
 
 def their_step(model: Any, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
     """Return a step like that of ``open_clip_train.train.train_one_epoch``."""
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM)  # the same groups as open_clip's
+    groups = decay_groups(model.named_parameters(), 0.2)  # the same as open_clip's
+    optimizer = torch.optim.AdamW(groups, lr=rate, **ADAM)
     criterion = open_clip.ClipLoss()
 
     def step(pairs: Pairs) -> Tensor:
@@ -86,7 +87,7 @@ def their_step(model: Any, rate: float, bf16: bool, device: str) -> Callable[[Pa
 
 def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
     """Return a step like that of ``LitCLIP``."""
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), 0.2), lr=rate, **ADAM, fused=True)
 
     def step(pairs: Pairs) -> Tensor:
         optimizer.zero_grad()

@@ -165,7 +165,8 @@ def train(model: Towers, data: Data, pairs: Pairs, how: Training, seed: int) -> 
         shift_bias(model, batches, how)
     for name in how.frozen:
         getattr(model, name).requires_grad_(False)
-    groups = decay_groups(nn.ModuleDict({"image": model.image, "text": model.text}), how.weight_decay)
+    encoders = nn.ModuleDict({"image": model.image, "text": model.text})
+    groups = decay_groups(encoders.named_parameters(), how.weight_decay)
     logit = {"params": [model.logit_scale, model.logit_bias], "weight_decay": 0.0, "lr": how.lr * how.logit_rate}
     optimizer = PaperAdamW([group for group in [*groups, logit] if group["params"]], lr=how.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, how.warmup, steps))

@@ -56,19 +56,14 @@ EXCEPT_GAINS_AND_BIASES = ExceptGainsAndBiases()
 
 
 def decay_groups(
-    module: nn.Module, weight_decay: float, decays: Decays = EXCEPT_GAINS_AND_BIASES
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float | None, decays: Decays = EXCEPT_GAINS_AND_BIASES
 ) -> list[dict[str, Any]]:
-    """Return a module's trainable parameters in two groups: with and without weight decay."""
-    return _decay_groups([(name, p) for name, p in module.named_parameters() if p.requires_grad], weight_decay, decays)
-
-
-def _decay_groups(
-    named: Sequence[tuple[str, nn.Parameter]], weight_decay: float | None, decays: Decays
-) -> list[dict[str, Any]]:
-    answers = [decays(name, parameter) for name, parameter in named]
+    """Return the trainable ones of named parameters in two groups: with and without weight decay."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    answers = [decays(name, parameter) for name, parameter in trained]
     groups = []
     for kind, decay in ((True, weight_decay), (False, 0.0)):
-        params = [parameter for (_, parameter), answer in zip(named, answers, strict=True) if bool(answer) is kind]
+        params = [parameter for (_, parameter), answer in zip(trained, answers, strict=True) if bool(answer) is kind]
         groups.append({"params": params} | ({} if weight_decay is None else {"weight_decay": decay}))
     return groups
 
@@ -90,11 +85,11 @@ def parameter_groups(
     names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
     groups, whole = [], defaults.get("weight_decay")
     for layer in layers:
-        named = [(names[id(parameter)], parameter) for parameter in layer.parameters if parameter.requires_grad]
+        named = ((names[id(parameter)], parameter) for parameter in layer.parameters)
         factor = layer.rate.weight_decay
         none = f"model.rates.{layer.part}: weight_decay {factor:g} of none; set model.optimizer.weight_decay"
         require(bool(whole) or factor in (0, 1), none)
-        both = _decay_groups(named, whole and whole * factor, decays)
+        both = decay_groups(named, whole and whole * factor, decays)
         for kind, group in zip(("", ", no decay"), both, strict=True):
             if group["params"]:
                 groups.append({"name": layer.name + kind, "lr": defaults["lr"] * layer.rate.lr, **group})

@@ -125,7 +125,7 @@ def trained_without(
     """
     model = CLIP(config)
     model.load_state_dict(state)
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=0.01, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), 0.2), lr=0.01, betas=(0.9, 0.98), eps=1e-6)
     left_out = []
     for step, (_, batch) in enumerate(batches(table, config, epochs)):
         if step == steps:

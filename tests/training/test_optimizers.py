@@ -411,7 +411,7 @@ def test_tables_of_position_biases_do_not_decay_and_the_rule_can_be_given() -> N
     names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def decaying(*rule: Any) -> list[str]:
-        return [names[id(p)] for p in decay_groups(module, 0.1, *rule)[0]["params"]]
+        return [names[id(p)] for p in decay_groups(module.named_parameters(), 0.1, *rule)[0]["params"]]
 
     assert decaying() == ["ln_table", "proj.weight"]
     assert decaying(ExceptGainsAndBiases(["bias", "ln"])) == ["proj.weight"]

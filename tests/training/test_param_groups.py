@@ -54,14 +54,15 @@ def open_clips_groups(model: torch.nn.Module) -> tuple[set[str], set[str]]:
 
 def names_in_groups(model: CLIP) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
-    return [[names[id(p)] for p in group["params"]] for group in decay_groups(model, WEIGHT_DECAY)]
+    return [[names[id(p)] for p in group["params"]] for group in decay_groups(model.named_parameters(), WEIGHT_DECAY)]
 
 
 def test_decay_groups_are_open_clips() -> None:
     model = tiny_clip()
     decaying, exempt = names_in_groups(model)
     assert (set(decaying), set(exempt)) == open_clips_groups(model)
-    assert [group["weight_decay"] for group in decay_groups(model, WEIGHT_DECAY)] == [WEIGHT_DECAY, 0]
+    groups = decay_groups(model.named_parameters(), WEIGHT_DECAY)
+    assert [group["weight_decay"] for group in groups] == [WEIGHT_DECAY, 0]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -87,7 +88,7 @@ def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
 def train_ours(model: CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
     """Train as LitCLIP does; return losses and logit scales."""
     optimizer = torch.optim.AdamW(
-        decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
+        decay_groups(model.named_parameters(), WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, WARMUP, STEPS))
     losses, scales = [], []
