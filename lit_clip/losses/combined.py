@@ -34,10 +34,7 @@ class Sum(Loss):
         self.weights = _weights(weights, len(terms), "terms", "Sum")
         self.terms: Any = nn.ModuleList(terms)
         self.names = _different(_loss_name(term) for term in terms)
-
-    @property
-    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # depends on the terms
-        return any(term.uses_negatives for term in self.terms)
+        self.uses_negatives = any(term.uses_negatives for term in terms)
 
     def prepare(self, model: Any) -> None:
         for term in self.terms:
@@ -75,10 +72,7 @@ class Matryoshka(Loss):
         self.weights = _weights(weights, len(dims), "dims", "Matryoshka")
         require(min(dims) >= 1, f"model.loss: Matryoshka.dims {list(dims)} must be at least 1")
         self.loss, self.dims = loss, list(dims)
-
-    @property
-    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner loss's
-        return self.loss.uses_negatives
+        self.uses_negatives = loss.uses_negatives
 
     def prepare(self, model: Any) -> None:
         most = model.config.embed_dim

@@ -122,10 +122,7 @@ class WithTitle(EncodesAgain, Loss):
         require(within, f"model.loss: WithTitle.text_weight {text_weight} must be above 0 and below 1")
         self.loss, self.text_weight = loss, text_weight
         self.logit = nn.Parameter(torch.tensor(math.log(text_weight / (1 - text_weight)) / SPEED))
-
-    @property
-    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner loss's
-        return self.loss.uses_negatives
+        self.uses_negatives = loss.uses_negatives
 
     def prepare(self, model: CLIP) -> None:
         self.loss.prepare(model)
