@@ -31,9 +31,10 @@ def _open_json(path: Path, options: SourceOptions) -> PairSource:
 
 
 def _open_parquet(path: Path, options: SourceOptions) -> PairSource:
-    from .pairs.parquet import open_parquet_file
+    from .pairs.parquet import open_parquet
 
-    return open_parquet_file(path, options)
+    options.refuse_split(path)
+    return open_parquet([path], options)
 
 
 FILES: dict[str, Opener] = {  # by suffix

@@ -20,7 +20,7 @@ from ..inspection.scan import ScanFindings, inspect_source, scan
 from ..open_source import stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import PairSource, numbered
-from .opened import Opened, open_data
+from .opened import open_data
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the table beside it have more
@@ -55,9 +55,9 @@ def inspect(
             without it joins their work.
     """
     page, tokenizer = page_path("output", output), _tokenizer(model, context_length)
-    opened = _opened(given)
+    opened = open_data(given)
     source = opened.every
-    validation = _opened(DataOptions(val, given.columns), "validation").every if val else None
+    validation = open_data(DataOptions(val, given.columns), default_split="validation").every if val else None
     name, table = ", ".join(given.data), page.with_suffix(".findings.csv")
     reads = f"{model} {stamp_of_data([model] if model else [])} {tokenizer.context_length}"
     parts = Parts(page, f"{__version__} {reads} {opened.stamp(page, table)}", Share.typed(share))
@@ -85,12 +85,6 @@ def inspect(
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
     what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
     stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
-
-
-def _opened(given: DataOptions, default_split: str | None = None) -> Opened:
-    opened = open_data(given, default_split=default_split)
-    require(len(opened.every) > 0, f"{', '.join(given.data)}: has no pairs")
-    return opened
 
 
 def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:

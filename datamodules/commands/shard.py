@@ -54,7 +54,6 @@ def shard(
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     opened = open_data(DataOptions([data], columns, split), on_error, keep=keep)
     source = opened.pairs
-    require(len(opened.every) > 0, f"{data}: has no pairs")
     options = {f"{name}_column": getattr(columns, name) for name in COLUMNS} | {"root": columns.root, "split": split}
     if keep is not None:
         options["keep"] = digest_of_kept(source)

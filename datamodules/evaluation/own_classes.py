@@ -213,7 +213,7 @@ def _read_labels(path: Path, image_column: str | None, label_column: str | None)
 
     def find(found: list[str]) -> ColumnNames:
         image = find_column(path, found, image_column, IMAGE_COLUMNS, "image_column")
-        return ColumnNames(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
+        return ColumnNames([image], [find_column(path, found, label_column, LABEL_COLUMNS, "label_column")])
 
     source = _parquet_rows(path, find) if path.suffix.lower() == ".parquet" else raw_rows(path, find)
     rows = [_validated(path, row) for row in source]
@@ -227,13 +227,14 @@ def _parquet_rows(path: Path, find: Callable[[list[str]], ColumnNames]) -> list[
         schema = file.schema_arrow
     columns = find(schema.names)
     refuse_equal(path, schema.names, columns.names())
-    kind = schema.field(columns.image).type
+    image, label = columns.images[0], columns.captions[0]
+    kind = schema.field(image).type
     if is_encoded(kind):
-        problem = f"column {columns.image!r} holds {kind}, not paths"
+        problem = f"column {image!r} holds {kind}, not paths"
         raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
     with reading(path, "parquet file"):
-        table = file.read(columns=[columns.image, columns.caption])
-        images, labels = (table[name].to_pylist() for name in (columns.image, columns.caption))
+        table = file.read(columns=[image, label])
+        images, labels = (table[name].to_pylist() for name in (image, label))
     return [RawRow(number, *row) for number, row in enumerate(zip(images, labels, strict=True))]
 
 

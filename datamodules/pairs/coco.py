@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.reading import check_is_file, reading
+from lit_clip.tools.reading import reading
 from .source import PairSource, SourceOptions, find_split
 from .text_table import Problems, RawRow, open_records, open_rows, open_table, shown
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
     """Open a ``.json`` file in any of this module's formats, or with one object per line."""
-    check_is_file(path)
     if _is_lines(path):
         return open_table(path, options)
     with reading(path, "JSON file", hint="fix it, or save it as UTF-8"):

@@ -27,22 +27,12 @@ LONGEST_NAME = 60  # of a column in a message
 class ColumnNames(NamedTuple):
     """Names of the columns to read."""
 
-    image: str
-    caption: str
+    images: Sequence[str]  # usually one; several columns have an image each of one thing
+    captions: Sequence[str]  # usually one
     group: str | None = None
     negative: str | None = None
     weight: str | None = None
     title: str | None = None
-    more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
-    more_images: tuple[str, ...] = ()  # further columns of images of the same thing
-
-    @property
-    def images(self) -> list[str]:
-        return [self.image, *self.more_images]
-
-    @property
-    def captions(self) -> list[str]:
-        return [self.caption, *self.more_captions]
 
     def names(self) -> list[str]:
         names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.title)
@@ -83,15 +73,15 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     wanted, option = options.columns, f"{options.option_prefix}columns."
     images = [wanted.image] if isinstance(wanted.image, str) else wanted.image or _numbered(found, IMAGE_COLUMNS)
     names = [find_column(path, found, name, IMAGE_COLUMNS, f"{option}image") for name in images or [None]]
-    image, *more = dict.fromkeys(names)
+    images = list(dict.fromkeys(names))
     captions = [] if wanted.caption is not None else _numbered(found, CAPTION_COLUMNS)
-    caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
-    require(caption not in (image, *more), f"{path}: column {caption!r} cannot be both the image and the caption")
+    caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", images[0])
+    require(caption not in images, f"{path}: column {caption!r} cannot be both the image and the caption")
     optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "title")}
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
-    columns = ColumnNames(image, caption, **optional, more_captions=tuple(captions[1:]), more_images=tuple(more))
+    columns = ColumnNames(images, captions or [caption], **optional)
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -115,7 +105,7 @@ def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions are texts or lists of texts."""
     for name in columns.images:
-        kind = schema.field(name).type if columns.more_images else image_type(schema, columns)[0]
+        kind = schema.field(name).type if len(columns.images) > 1 else image_type(schema, columns)[0]
         readable = _is_text(kind) or is_encoded(kind)
         require(readable, f"{path}: column {name!r} holds {kind}, neither paths nor images; set columns.image")
     kinds = {str(schema.field(name).type) for name in columns.images}
@@ -124,7 +114,7 @@ def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type
-        lists = kind is not None and _is_list(kind) and not (option == "caption" and columns.more_captions)
+        lists = kind is not None and _is_list(kind) and not (option == "caption" and len(columns.captions) > 1)
         if kind is not None and not _is_text(kind.value_type if lists else kind):
             raise InputError(
                 f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set columns.{option}"
@@ -151,8 +141,8 @@ def is_encoded(kind: pa.DataType) -> bool:
 
 def image_type(schema: pa.Schema, columns: ColumnNames) -> tuple[pa.DataType, bool]:
     """Return the type of an image, and whether a row may have several, in a list or in several columns."""
-    kind = schema.field(columns.image).type
-    return (kind.value_type, True) if _is_list(kind) else (kind, bool(columns.more_images))
+    kind = schema.field(columns.images[0]).type
+    return (kind.value_type, True) if _is_list(kind) else (kind, len(columns.images) > 1)
 
 
 def images_of(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:

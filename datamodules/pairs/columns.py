@@ -237,8 +237,10 @@ class TablePairs(ColumnPairs):
         return self._table["image"]
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        if "number" not in self._table.column_names:
+            return None
         if not rows:
-            return thing_names(self._table["group"]) if "group" in self._table.column_names else None
+            return thing_names(self._table["group"])
         numbers = self._table["number"].cast(pa.string())
         return numbers if compute.count_distinct(numbers).as_py() < len(numbers) else None
 

@@ -297,7 +297,7 @@ def _text_lines(path: Path) -> _Lines:
 
     def find(found: list[str]) -> ColumnNames:
         names[:] = _columns_of(path, found)
-        return ColumnNames(names[0], names[1], more_captions=tuple(names[2:]))
+        return ColumnNames(names[:1], names[1:])
 
     with reading(path, "table of decisions"):
         rows = list(raw_rows(path, find))

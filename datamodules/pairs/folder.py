@@ -13,8 +13,8 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.images import SUFFIXES, image_names
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import as_unicode, is_unicode
-from .columns import ColumnPairs
-from .source import DELIMITED, JSON_LINES, NO_CAPTION, Row, SourceOptions
+from .columns import TablePairs
+from .source import DELIMITED, JSON_LINES, NO_CAPTION, Row, SkippedRows, SourceOptions
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes
@@ -61,29 +61,28 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-class FolderPairs(ColumnPairs):
+class FolderPairs(TablePairs):
     """Images at any depth of a folder; a ``.txt`` file of the same name has one caption per line.
 
     Opening a folder only reads file names; a text is read with its image.
     """
 
     def __init__(self, folder: Path, option_prefix: str = "") -> None:
-        super().__init__(folder, folder)
-        without, chunks, names = 0, [], []
+        without, chunks, names, left_out = 0, [], [], SkippedRows()
         for name, has_text in walk_images(folder):
             without += not has_text
             if has_text and not is_unicode(name):
-                self._left_out.add(f"{folder}: {as_unicode(name)}", "its name is not UTF-8")
+                left_out.add(f"{folder}: {as_unicode(name)}", "its name is not UTF-8")
             elif has_text:
                 names.append(name)
             if len(names) == BATCH_ROWS:
                 chunks.append(pa.array(names, pa.string()))
                 names = []
-        self._names = pa.chunked_array([*chunks, pa.array(names, pa.string())])
-        if not len(self._names):
+        table = pa.table({"image": pa.chunked_array([*chunks, pa.array(names, pa.string())])})
+        if not len(table):
             problem = f"its {without} images have no .txt beside them" if without else "no images in it"
-            if self._left_out.counts:
-                problem = f"no image that can be used ({self._left_out})"
+            if left_out.counts:
+                problem = f"no image that can be used ({left_out})"
             tables = sorted(entry.name for entry in folder.iterdir() if entry.name.lower().endswith(TABLES))
             hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
             if without and not tables and any(entry.is_dir() for entry in folder.iterdir()):
@@ -91,16 +90,11 @@ class FolderPairs(ColumnPairs):
             raise InputError(f"{folder}: {problem}; {hint}")
         if without:
             rank_zero_info(f"{folder}: left out {without} images without a .txt beside them")
-            self._left_out.counts[NO_CAPTION] += without
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def image_names(self) -> pa.ChunkedArray | None:
-        return self._names
+            left_out.counts[NO_CAPTION] += without
+        super().__init__(table, folder, folder, left_out=left_out)
 
     def cells(self, index: int) -> Row:
-        name = self._names[index].as_py()
+        name = self._table["image"][index].as_py()
         file = (self.root / name).with_suffix(".txt")
         where = f"{self.path}: {name}"
         try:
@@ -138,13 +132,12 @@ def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
     return ClassPairs(folder, classes, prompts.texts)
 
 
-class ClassPairs(ColumnPairs):
+class ClassPairs(TablePairs):
     """Images in one subfolder per class; captions are the class's prompts, and the class is the pair's group."""
 
     def __init__(self, folder: Path, classes: list[str], prompts: list[list[str]]) -> None:
-        super().__init__(folder, folder)
         self.classes, self.texts = classes, prompts
-        names, counts = [], []
+        names, left_out = [], SkippedRows()
         for name in classes:
             require(
                 is_unicode(name), f"{folder}: the name of {as_unicode(name)}, its class, is not UTF-8 text; rename it"
@@ -154,22 +147,14 @@ class ClassPairs(ColumnPairs):
                 if is_unicode(image):
                     below.append(f"{name}/{image}")
                 else:
-                    self._left_out.add(f"{folder / name}: {as_unicode(image)}", "its name is not UTF-8")
+                    left_out.add(f"{folder / name}: {as_unicode(image)}", "its name is not UTF-8")
             if not below:
-                require(
-                    not self._left_out.counts, f"{folder / name}: no usable images of this class ({self._left_out})"
-                )
+                require(not left_out.counts, f"{folder / name}: no usable images of this class ({left_out})")
                 raise InputError(f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
             names.append(pa.array(below, pa.string()))
-            counts.append(len(below))
-        self._names, self._stops = pa.chunked_array(names), np.cumsum(counts)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def image_names(self) -> pa.ChunkedArray | None:
-        return self._names
+        self._stops = np.cumsum([len(below) for below in names])
+        super().__init__(pa.table({"image": pa.chunked_array(names)}), folder, folder, left_out=left_out)
 
     def cells(self, index: int) -> Row:
-        name, label = self._names[index].as_py(), int(np.searchsorted(self._stops, index, side="right"))
+        name, label = self._table["image"][index].as_py(), int(np.searchsorted(self._stops, index, side="right"))
         return Row(name, self.texts[label], "", self.classes[label], f"{self.path}: {name}")

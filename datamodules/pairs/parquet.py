@@ -51,12 +51,6 @@ def holds_features(path: Path) -> bool:
         return False
 
 
-def open_parquet_file(path: Path, options: SourceOptions) -> PairSource:
-    """Open one parquet file; see :func:`open_parquet`."""
-    options.refuse_split(path)
-    return open_parquet([path], options)
-
-
 def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
     """Open parquet files as one source."""
     whole = paths[0] if len(paths) == 1 else paths[0].parent
@@ -177,7 +171,7 @@ class ParquetPairs(ColumnarPairs):
 
     def _has_no_paths(self, number: int) -> bool:
         """Return whether every row of a part surely holds an encoded image, and not just its path."""
-        part, image = self.parts[number], self.columns.image
+        part, image = self.parts[number], self.columns.images[0]
         with reading(part.file, "parquet file"):
             chunks = chunks_of(open_file(part.file), part.group, [image])
         counts = [chunks[path].statistics for path in (image, f"{image}.bytes") if path in chunks]

@@ -107,7 +107,7 @@ class ColumnarPairs(ColumnPairs):
             usable[self._blank] = False
             rows = rows.filter(pa.array(usable))
         if self._image_stops is None:
-            return rows[self.columns.image]
+            return rows[self.columns.images[0]]
         return pa.chunked_array([images_of(batch, self.columns.images)[1] for batch in rows.to_batches()])
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
@@ -138,7 +138,7 @@ class ColumnarPairs(ColumnPairs):
             table = self.table(number)
             captions = [table[name][within].as_py() for name in self.columns.captions]
             if self._image_stops is None:
-                image = table[self.columns.image][within].as_py()
+                image = table[self.columns.images[0]][within].as_py()
             else:
                 place = index - (int(self._image_stops[row - 1]) if row else 0)
                 images = images_of(table.slice(within, 1).combine_chunks().to_batches()[0], self.columns.images)[1]

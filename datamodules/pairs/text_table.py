@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.own_files import cache_file, made_once
-from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
 from .column_names import ColumnNames, find_columns
 from .columns import TablePairs, checked_title, checked_weight, group_name, map_valid_table
@@ -72,7 +71,7 @@ class Problems:
         self.skip = skip
         self.label = label
         self.left_out = SkippedRows()
-        self.columns = ColumnNames("image", "caption")  # until the header is read
+        self.columns = ColumnNames(["image"], ["caption"])  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:
         """Raise or count a problem of a row."""
@@ -195,7 +194,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     for row in rows:
         images = _paths(row.image)
         if not 0 < len(images) <= MOST_IMAGES:
-            none = f"no image in column {problems.columns.image!r}; add a path or remove the row"
+            none = f"no image in column {problems.columns.images[0]!r}; add a path or remove the row"
             many = f"{len(images):,} images; list at most {MOST_IMAGES:,} in a row"
             problems.add(row.number, *(("too many images", many) if images else ("missing image", none)))
             continue
@@ -278,8 +277,6 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
     It is UTF-8, or UTF-16 or UTF-32 with a byte order mark: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per
     line, or else a delimited file with a header, whose delimiter is detected automatically.
     """
-    check_is_file(path)
-    require(path.is_file(), f"{path}: no such file")
     options.refuse_split(path)
     find = partial(find_columns, path, options=options)
     return open_rows(path, options, lambda problems: raw_rows(path, find, problems))

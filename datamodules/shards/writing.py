@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,34 +125,25 @@ class ShardWriter:
         before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
 
-    def _samples(self, number: int) -> Iterator[tuple[str, Row | BadSample]]:
-        """Yield the key and the pair of each sample of a shard, or the error of a bad sample."""
-        digits = max(4, len(str(self.shard_size - 1)))
-        first = number * self.shard_size
-        for index in range(first, min(first + self.shard_size, len(self.source))):
-            try:
-                yield f"{number:05d}{index - first:0{digits}d}", self.source.read(index)
-            except BadSample as error:
-                yield "", error
-
     def _write(self, path: Path, number: int, sizes: list[tuple[int, int]]) -> list[tuple[str, str]]:
         """Write a tar and force it to disk; return (where, reason) of each skipped sample.
 
         ``sizes`` is given the bytes of each resized image, before and after.
         """
         skipped = []
+        digits, first = max(4, len(str(self.shard_size - 1))), number * self.shard_size
         with path.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for key, pair in self._samples(number):
+                for index in range(first, min(first + self.shard_size, len(self.source))):
                     try:
-                        if isinstance(pair, BadSample):
-                            raise pair
+                        pair = self.source.read(index)
                         extension, content, about = _image_file(pair, self.resize)
                     except BadSample as error:
                         if self.on_error == "error":
                             raise
                         skipped.append((error.where, error.reason))
                         continue
+                    key = f"{number:05d}{index - first:0{digits}d}"
                     if content is not pair.image:
                         sizes.append((len(pair.image), len(content)))
                     for name, data in ((f"{key}.{extension}", content), *_texts(key, pair, about)):
