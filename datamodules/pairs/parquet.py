@@ -210,8 +210,12 @@ class ParquetPairs(ColumnarPairs):
         return np.concatenate(order).astype(np.int32 if len(self) < 2**31 else np.int64)
 
 
-def _remembered(path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the result of a search in columns of a file, int64 ``[K]``, from the cache if possible."""
+def _found(
+    path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray], slow: bool = False
+) -> np.ndarray:
+    """Return the result of a search in columns of a file, int64 ``[K]``; cached if it is ``slow`` or the file large."""
+    if not slow and open_file(path).metadata.num_rows < REMEMBERED:
+        return search()
 
     def load(file: Path) -> np.ndarray:
         found = load_arrays(file, name, itemgetter("found"))
@@ -227,16 +231,13 @@ def _remembered(path: Path, name: str, columns: Sequence[str], search: Callable[
 
 def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
     """Return the number of images in each row of a file, int64 ``[N]``; cached for large files and encoded images."""
-    rows = open_file(path).metadata.num_rows
 
     def search() -> np.ndarray:
         with reading(path, "parquet file"):
             batches = open_file(path).iter_batches(IMAGE_ROWS, columns=list(names), use_threads=False)
             return np.concatenate([np.zeros(0, np.int64), *(images_of(batch, names)[0] for batch in batches)])
 
-    if rows < REMEMBERED and not encoded:
-        return search()
-    return _remembered(path, "images", names, search)
+    return _found(path, "images", names, search, slow=encoded)
 
 
 def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
@@ -253,6 +254,4 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
         with reading(path, "parquet file"), ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
             return np.concatenate(list(pool.map(search_groups, np.array_split(np.arange(len(rows)), threads))))
 
-    if metadata.num_rows < REMEMBERED:
-        return search()
-    return _remembered(path, "blank", captions, search)
+    return _found(path, "blank", captions, search)

@@ -50,7 +50,7 @@ class ColumnarPairs(ColumnPairs):
         self.parts = list(parts)
         self._stops = np.cumsum([part.rows for part in parts], dtype=np.int64)
         self.columns = columns
-        self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
+        self._blank, self._kept_before = blank, blank - np.arange(len(blank))  # usable rows before each unusable one
         self._size = int(self._stops[-1] if len(parts) else 0) - len(blank)
         require(self._size > 0, f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
         self._image_stops: np.ndarray | None = None  # of the rows over all files, in pairs
@@ -86,10 +86,6 @@ class ColumnarPairs(ColumnPairs):
         if key not in self._open:
             self._open[key] = make()
         return self._open[key]
-
-    @property
-    def _blank(self) -> np.ndarray:
-        return self._kept_before + np.arange(len(self._kept_before))
 
     def _usable(self) -> np.ndarray:
         """Return each pair's row number, counted over all files, int64 ``[len(self)]``."""
@@ -217,16 +213,16 @@ def _open(folder: Path, options: SourceOptions) -> PairSource:
     require(len(set(schema.names)) == len(schema.names), f"{folder}: two columns have the same name; {SAVE_AGAIN}")
     columns = find_columns(folder, schema.names, options)
     check_types(folder, schema, columns)
-    blank, start = [], 0
-    for table in tables:
-        blank.append(blank_rows(table.select(columns.captions).to_batches(), columns.captions) + start)
-        start += table.num_rows
+
+    def batches(names: Sequence[str]) -> list[pa.RecordBatch]:
+        return [batch for table in tables for batch in table.select(names).to_batches()]
+
+    blank = blank_rows(batches(columns.captions), columns.captions)
     parts = [RowRange(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
     images, (kind, several) = None, image_type(schema, columns)
     if several:
-        batches = [batch for table in tables for batch in table.select(columns.images).to_batches()]
-        images = np.concatenate([images_of(batch, columns.images)[0] for batch in batches])
-    pairs = ArrowDatasetPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank), images)
+        images = np.concatenate([images_of(batch, columns.images)[0] for batch in batches(columns.images)])
+    pairs = ArrowDatasetPairs(folder, options.image_root(folder), parts, columns, blank, images)
     pairs.encoded = is_encoded(kind)
     return pairs
 
