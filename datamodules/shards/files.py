@@ -166,13 +166,13 @@ def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
 def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
     """Read a shard's headers, and write its index beside it, or into the folder if that fails."""
     with folder.open(url, stamp) as file:
-        index = scan_shard(file, stamp.size)
+        scan = scan_shard(file, stamp.size)
     if not is_remote(url):
         with suppress(InputError):  # a read-only folder
-            return write_index(index, stamp, Path(f"{url}{INDEX_SUFFIX}"))
+            return write_index(scan, stamp, Path(f"{url}{INDEX_SUFFIX}"))
     cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
     make_folder(cached.parent)
-    return write_index(index, stamp, cached)
+    return write_index(scan, stamp, cached)
 
 
 def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:

@@ -5,7 +5,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,16 +33,6 @@ _FIELD_OF = {suffix[1:]: "image" for suffix in IN_TARS} | {"npy": "array"}
 _FIELD_OF |= {"txt": "text", "captions.json": "captions", "json": "json"}
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
-
-
-@dataclass
-class ShardIndex:
-    """Contents of a shard, from its headers."""
-
-    keys: list[str]  # of the samples that have an image and a caption, in the tar's order
-    spans: np.ndarray  # int64 [N, 4, 2], offset and size of each of FIELDS; an absent field has offset -1
-    problems: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys; empty: of the lost rest of the shard
-    extensions: dict[str, int] = field(default_factory=dict)  # extension -> number of files
 
 
 @dataclass(frozen=True)
@@ -95,19 +85,19 @@ def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, ta
             raise DamagedError(f"is truncated or damaged at byte {tar.offset}: no end mark")
 
 
-class _Scan:
-    """Collect the samples of a shard; their files may come in any order."""
+class ShardScan:
+    """Contents of a shard, from its headers; the files of a sample may come in any order."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, list[int]] = {}
-        self.extensions: Counter[str] = Counter()
-        self.problems: dict[str, list[str]] = {}
+        self.spans: dict[str, list[int]] = {}  # offset and size of each of SCANNED; an absent field has offset -1
+        self.extensions: Counter[str] = Counter()  # extension -> number of files
+        self.problems: dict[str, list[str]] = {}  # reason -> keys; empty: of the lost rest of the shard
         self.blank: set[str] = set()
         self.duplicates: dict[str, None] = {}  # a set that keeps its order
         self.double_arrays: dict[str, None] = {}
 
     def problem(self, reason: str, key: str) -> None:
-        self.problems.setdefault(reason, []).append(key)
+        self.problems.setdefault(reason, []).append(as_unicode(key))
 
     def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         key, extension = split_name(member.name)
@@ -127,7 +117,8 @@ class _Scan:
             if text is not None and is_blank(text.read().decode("utf-8-sig", "replace")):
                 self.blank.add(key)
 
-    def finish(self) -> ShardIndex:
+    def usable(self) -> dict[str, list[int]]:
+        """Return the spans of FIELDS of each sample with an image and a caption; list the others as problems."""
         usable = {}
         doubled = {key: None for key in self.double_arrays if self.spans[key][0] < 0}
         for key in self.duplicates | doubled:
@@ -143,14 +134,12 @@ class _Scan:
                 self.problem(NO_CAPTION, key)
             else:
                 usable[key] = spans
-        spans = np.array(list(usable.values()), np.int64).reshape(-1, len(FIELDS), 2)
-        problems = {reason: [as_unicode(key) for key in keys] for reason, keys in self.problems.items()}
-        return ShardIndex([as_unicode(key) for key in usable], spans, problems, dict(self.extensions))
+        return usable
 
 
-def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
+def scan_shard(file: BinaryIO, size: int) -> ShardScan:
     """Read the headers of a seekable tar of ``size`` bytes, and the texts short enough to be blank captions."""
-    scan = _Scan()
+    scan = ShardScan()
     try:
         for member, tar in tar_members(file, size):
             scan.add(member, tar)
@@ -163,22 +152,23 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
         packed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         kind = "compressed; unpack it to .tar" if packed else f"not a tar ({str(error) or type(error).__name__})"
         scan.problem(f"{OF_SHARD}is {' '.join(kind.split())}", "")
-    return scan.finish()
+    return scan
 
 
-def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
-    """Write an index file and return its head."""
-    flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
-    columns = {"key": pa.array(index.keys, pa.large_string())}
-    columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(SPANS)}
+def write_index(scan: ShardScan, stamp: Stamp, path: Path) -> Summary:
+    """Write the index file of a shard and return its head."""
+    samples = scan.usable()
+    spans = np.array(list(samples.values()), np.int64).reshape(-1, len(SPANS))
+    columns = {"key": pa.array(map(as_unicode, samples), pa.large_string())}
+    columns |= {name: pa.array(np.ascontiguousarray(spans[:, i])) for i, name in enumerate(SPANS)}
     table = pa.table(columns).combine_chunks()
     metadata = {
         "format": FORMAT,
         "size": str(stamp.size),
         "version": stamp.version,
-        "samples": str(len(index.keys)),
-        "problems": json.dumps(index.problems),
-        "extensions": json.dumps(index.extensions),
+        "samples": str(len(samples)),
+        "problems": json.dumps(scan.problems),
+        "extensions": json.dumps(scan.extensions),
         "content": _digest(table),
     }
     metadata["head"] = hex_digest(sorted(metadata.items()))
