@@ -199,11 +199,11 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
     """Return the distinct captions of all keys; each identity has the key and the caption's number."""
     texts: dict[Identity, str] = {}
     seen = defaultdict[str, dict[str, None]](dict)
-    for _, key, captions, _ in readable_rows(source, on_error):
-        for caption in captions:
-            if caption not in seen[key]:
-                texts[key, len(seen[key]), stable_hash(caption)] = caption
-                seen[key][caption] = None
+    for _, row in readable_rows(source, on_error):
+        for caption in row.captions:
+            if caption not in seen[row.key]:
+                texts[row.key, len(seen[row.key]), stable_hash(caption)] = caption
+                seen[row.key][caption] = None
     require(bool(texts), "no caption could be read")
     return texts
 
@@ -218,12 +218,12 @@ def _things(opened: Opened, root: Path | None, on_error: OnError, text_weight: f
     images_of, captions_of = defaultdict[str, dict[str, None]](dict), defaultdict[str, dict[str, None]](dict)
     rows: dict[str, int] = {}  # the first row of each image
     grouped = False
-    for row, key, captions, group in readable_rows(opened.pairs, on_error):
-        name = group.removeprefix(IMAGES_OF) or key
-        images_of[name][key] = None
-        captions_of[name] |= dict.fromkeys(captions)
-        rows.setdefault(key, row)
-        grouped |= bool(group)
+    for number, row in readable_rows(opened.pairs, on_error):
+        name = row.group.removeprefix(IMAGES_OF) or row.key
+        images_of[name][row.key] = None
+        captions_of[name] |= dict.fromkeys(row.captions)
+        rows.setdefault(row.key, number)
+        grouped |= bool(row.group)
     keys = sorted(rows)
     texts = sorted({caption for captions in captions_of.values() for caption in captions})
 

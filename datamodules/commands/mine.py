@@ -6,7 +6,7 @@ The options mean what they do in sentence-transformers' ``mine_hard_negatives``,
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,8 +27,8 @@ from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
 from ..pairs.related_rows import caption_hash
-from ..pairs.source import PairSource
-from .opened import PairRow, open_data, readable_rows
+from ..pairs.source import PairSource, Row
+from .opened import open_data, readable_rows
 
 IMAGES = 256  # that are compared with all captions at once
 
@@ -123,23 +123,23 @@ def mine(
         data = ", ".join(given.data)
         raise InputError(f"{data}: its images are not files, which a table could name; unpack them first")
     root = without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
-    rows = list(readable_rows(opened.pairs, settings.on_error))
+    rows = dict(readable_rows(opened.pairs, settings.on_error))
     require(bool(rows), "none of the pairs can be read")
     with work_on(path, model, opened.stamp(path), settings) as work:
         found = _mined(opened.pairs, rows, work, settings, window)
         if found is not None:
-            _write(path, rows, found, root)
+            _write(path, list(rows.values()), found, root)
 
 
 def _mined(
-    source: PairSource, rows: Sequence[PairRow], work: Work, settings: EncodingSettings, window: MiningWindow
+    source: PairSource, rows: Mapping[int, Row], work: Work, settings: EncodingSettings, window: MiningWindow
 ) -> dict[str, list[str]] | None:
     """Return the hard negatives of each readable image, by its key; None on ranks other than the first."""
     clip, parts = work.model, work.parts
-    texts = {caption_hash(caption): caption for row in rows for caption in row.captions}
+    texts = {caption_hash(caption): caption for row in rows.values() for caption in row.captions}
     first: dict[str, int] = {}  # row of each image
-    for row in rows:
-        first.setdefault(row.key, row.number)
+    for number, row in rows.items():
+        first.setdefault(row.key, number)
     images: list[Identity] = [(key, 0, 0) for key in first]
     captions: list[Identity] = [(text, 0, 1) for text in texts.values()]  # no image has that time
     of_images = image_task(clip, SourcePairs(source, list(first.values())), images, title="encoding images")
@@ -149,7 +149,7 @@ def _mined(
         return None
     image_table, text_table = tables
     keys = [key for key, _, _ in image_table.identities]
-    own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
+    own, other = _true_captions(rows.values(), {hashed: number for number, hashed in enumerate(texts)})
     own_of, other_of = [own[key] for key in keys], [other[key] for key in keys]
     mined = hard_negatives(image_table.features, text_table.features, own_of, other_of, window)
     every = list(texts.values())
@@ -158,7 +158,7 @@ def _mined(
     return found
 
 
-def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+def _true_captions(rows: Iterable[Row], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
     """Return, by image key, the numbers of the image's captions and of its groups' captions."""
     own, of_group, groups = defaultdict(set), defaultdict(set), defaultdict(set)
     for row in rows:
@@ -170,7 +170,7 @@ def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[di
     return own, {key: set().union(*(of_group[group] for group in groups[key])) for key in own}
 
 
-def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
+def _write(path: Path, rows: Sequence[Row], found: dict[str, list[str]], root: str) -> None:
     """Write the table, and print how to train on it."""
     grouped = any(row.group for row in rows)
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:

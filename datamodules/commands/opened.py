@@ -10,7 +10,7 @@ from lit_clip.tools.images import OnError
 from ..open_source import open_source, stamp_of_data
 from ..pairs.findings import DataOptions
 from ..pairs.kept import digest_of_kept, kept_pairs
-from ..pairs.source import Classes, PairSource
+from ..pairs.source import Classes, PairSource, Row
 
 
 class Opened(NamedTuple):
@@ -44,23 +44,17 @@ def open_data(
     return Opened((options, classes), every, every if keep is None else kept_pairs(every, keep, "--keep"))
 
 
-class PairRow(NamedTuple):
-    """A row of the data, without its image."""
+def readable_rows(source: PairSource, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """Yield the number of each row with readable texts, and the row without its image.
 
-    number: int
-    key: str
-    captions: list[str]
-    group: str
-
-
-def readable_rows(source: PairSource, on_error: OnError) -> Iterator[PairRow]:
-    """Yield the rows with readable texts; for the others raise an error, or name them and leave them out."""
+    For the others raise an error, or name them and leave them out.
+    """
     for number in range(len(source)):
         try:
-            row = PairRow(number, source.key(number), source.captions(number), source.text(number, None).group)
+            row = source.row(number)._replace(image=None)
         except BadSample as error:
             if on_error == "error":
                 raise
             stderr().print(f"skipped: {error}")
         else:
-            yield row
+            yield number, row

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, get_args
 
 import regex
 from torch.utils.data import Dataset
@@ -25,8 +25,6 @@ _INVISIBLE = (
 _WORD = f"(?:{'|'.join(map(re.escape, sorted(BLANK, reverse=True)))})"
 BLANK_PATTERN = f"^{_INVISIBLE}{_WORD}{_INVISIBLE}$"  # of a blank text, to be matched in either case
 _BLANK_TEXT = regex.compile(f"{_INVISIBLE}+{_WORD}{_INVISIBLE}+", regex.IGNORECASE)  # "*+": without going back
-
-Item = TypeVar("Item")
 
 
 def is_blank(caption: object) -> bool:
@@ -71,15 +69,8 @@ class BadSamples:
         require(0 <= self.max_skipped <= 1, f"max_skipped: {self.max_skipped} must be between 0 and 1")
 
 
-class Skipped(NamedTuple):
-    """Placeholder that a dataset returns for a sample that cannot be used."""
-
-    where: str
-    reason: str
-
-
 class SkippingDataset(Dataset[Any]):
-    """Dataset that returns :class:`Skipped` for a bad sample; it never returns a neighbour instead."""
+    """Dataset that returns the error of a sample that cannot be used; it never returns a neighbour instead."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -91,13 +82,7 @@ class SkippingDataset(Dataset[Any]):
         try:
             return self.dataset[sample]
         except BadSample as error:
-            return Skipped(error.where, error.reason)
-
-
-def split_skipped(items: list[Item | Skipped]) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Separate the usable items from the (where, reason) of each skipped sample."""
-    skipped = [(item.where, item.reason) for item in items if isinstance(item, Skipped)]
-    return [item for item in items if not isinstance(item, Skipped)], skipped
+            return error.with_traceback(None)  # which would keep what was read
 
 
 def check_caption(caption: object, where: str) -> str:

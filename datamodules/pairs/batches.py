@@ -11,11 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import require
+from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
 from ..loading.augmentation import TrainingTransform, seeded
-from ..loading.bad_samples import Skipped, split_skipped
 from ..loading.sampling import TrainingSample, sample_seed
 from .source import Pair, PairSource
 
@@ -72,8 +71,9 @@ class Collate:
         if images and images.stored:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
-    def __call__(self, samples: list[Pair | Skipped]) -> CaptionBatch:
-        items, skipped = split_skipped(samples)
+    def __call__(self, samples: list[Pair | BadSample]) -> CaptionBatch:
+        items = [sample for sample in samples if not isinstance(sample, BadSample)]
+        skipped = [(sample.where, sample.reason) for sample in samples if isinstance(sample, BadSample)]
         if not items:
             stored = self.texts and self.texts.nothing
             tokens = torch.zeros(0, 1, dtype=torch.long)

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from datamodules import Captions, ImageOptions
-from datamodules.loading.bad_samples import Skipped
 from datamodules.pairs.batches import Collate
 from datamodules.pairs.source import Pair
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import BadSample
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WeightedContrastive, tiled
 from lit_clip.module import LitCLIP
 from tests.helpers.ranks import CONFIG, PAIRS, FewIds, _Step, make_batch, make_module, serve
@@ -204,7 +204,7 @@ def images_of_things() -> list[Tensor]:
 def batch_of_means(rows: slice) -> CaptionBatch:
     """Collate things with all of their images."""
     images = images_of_things()
-    samples: list[Pair | Skipped] = [
+    samples: list[Pair | BadSample] = [
         Pair(images[n][0], f"thing {n}", f"{n}", "", "", {}, None, list(images[n][1:])) for n in range(len(MEANS))[rows]
     ]
     return Collate(FewIds(16), (3, 32, 32))(samples)

@@ -10,11 +10,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
-from datamodules.loading.bad_samples import Skipped, SkippingDataset
+from datamodules.loading.bad_samples import SkippingDataset
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.batches import TrainingPairs, ValidationPairs
 from datamodules.pairs.source import Classes, PairSource, Row
+from lit_clip.errors import BadSample
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import open_image
@@ -46,7 +47,7 @@ def read_pairs(source: PairSource) -> Iterator[str]:
     val = SkippingDataset(ValidationPairs(source, pixels(SMALL)))
     for row in range(min(len(source), ROWS)):
         for item in (train[TrainingSample(0, row)], val[row]):
-            if isinstance(item, Skipped):
+            if isinstance(item, BadSample):
                 assert item.reason, "skipped without a reason"
                 yield "skipped"
             else:
