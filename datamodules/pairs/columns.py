@@ -78,24 +78,17 @@ class ColumnPairs(PairSource):
 
     def __init__(self, path: Path | str, root: Path | StoreFolder | None) -> None:
         self.path, self.root = path, root
-        self._left_out = SkippedRows()
-        self._versions: dict[str, str] = {}
         self._local, self._address = "", ""
 
     def copied_from(self, name: str, version: str, copy: str) -> Self:
         """Record that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
         shown = without_secrets(name)  # the versions are in checkpoints
-        self._versions, self._local, self._address = {shown: version}, copy, name
-        left_out = self._left_out.listed
-        self._left_out.listed = [(where.replace(copy, shown, 1), reason) for where, reason in left_out]
+        self.versions, self._local, self._address = {shown: version}, copy, name
+        self.left_out.listed = [(where.replace(copy, shown, 1), reason) for where, reason in self.left_out.listed]
         return self
 
     def shown(self, path: Path | str) -> str:
         return str(path).replace(self._local, self._address, 1) if self._local else str(path)
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return self._versions
 
     @abstractmethod
     def cells(self, index: int) -> Row:
@@ -103,10 +96,6 @@ class ColumnPairs(PairSource):
 
         ``key`` is that of an image that is not a file of its own.
         """
-
-    @property
-    def left_out(self) -> SkippedRows:
-        return self._left_out
 
     def image_names(self) -> pa.ChunkedArray | None:
         return None
@@ -217,7 +206,7 @@ class TablePairs(ColumnPairs):
     ) -> None:
         super().__init__(path, root)
         self._table, self.label, self._mapped = table, label, mapped
-        self._left_out = left_out or SkippedRows()
+        self.left_out = left_out or SkippedRows()
         self._latest: tuple[int, Row] | None = None  # number and row: one row is often asked for several things
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -190,12 +191,12 @@ class PairSource(ABC):
     def check(self) -> None:  # noqa: B027  # nothing to check where images are in the source
         """Read the headers of some evenly spread images, to fail before training starts."""
 
-    @property
+    @cached_property
     def left_out(self) -> SkippedRows:
         """Rows left out when the source was opened."""
         return SkippedRows()
 
-    @property
+    @cached_property
     def versions(self) -> dict[str, str]:
         """The version of each opened address (without secrets); opening that version gives the same rows."""
         return {}
@@ -322,14 +323,14 @@ class Derived(PairSource):
         for source in self.sources:
             source.check()
 
-    @property
+    @cached_property
     def left_out(self) -> SkippedRows:
         total = SkippedRows()
         for source in self.sources:
             total.update(source.left_out)
         return total
 
-    @property
+    @cached_property
     def versions(self) -> dict[str, str]:
         return {name: version for source in self.sources for name, version in source.versions.items()}
 

@@ -61,9 +61,9 @@ class ColumnarPairs(ColumnPairs):
         self._open: dict[Any, Any] = {}
         self._process = os.getpid()
         for row in blank[:LISTED].tolist():
-            self._left_out.add(self._where(row)[0], NO_CAPTION)
+            self.left_out.add(self._where(row)[0], NO_CAPTION)
         if len(blank):
-            self._left_out.counts[NO_CAPTION] = len(blank)
+            self.left_out.counts[NO_CAPTION] = len(blank)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

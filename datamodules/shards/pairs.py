@@ -202,7 +202,7 @@ class TarPairs(ColumnPairs):
     def order(self, epoch: int, seed: int) -> np.ndarray:
         return shard_order(self.sizes, self.options.shuffle_shards, epoch, seed)
 
-    @property
+    @cached_property
     def left_out(self) -> SkippedRows:
         """Samples left out at opening; the lost rest of a damaged shard counts as one."""
         left_out = SkippedRows()
