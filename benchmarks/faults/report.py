@@ -45,7 +45,7 @@ def _summary(outcomes: Outcomes) -> str:
         "",
         "Seconds are from the fault to the end of the run.",
         "",
-        "| name | fault | required | exit code | runs | as required | longest | limit |",
+        "| name | fault | required | exit code | runs | as required | longest, s | limit, s |",
         "|---|---|---|---|--:|--:|--:|--:|",
         *rows,
         "",
@@ -59,8 +59,8 @@ def _row(fault: Fault, outcomes: list[Outcome]) -> str:
     code = ", ".join(map(str, fault.codes)) or "none: it is stopped"
     done = [one for one in outcomes if one.outcome != "skipped"]
     right = sum(one.outcome == required for one in done)
-    longest = f"{max(one.seconds for one in done):.1f} s" if done else ""
-    values = (f"`{fault.name}`", fault.text, required, code, len(done), right, longest, f"{fault.limit:g} s")
+    longest = f"{max(one.seconds for one in done):.1f}" if done else ""
+    values = (f"`{fault.name}`", fault.text, required, code, len(done), right, longest, f"{fault.limit:g}")
     return f"| {' | '.join(map(str, values))} |"
 
 
