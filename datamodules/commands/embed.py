@@ -33,7 +33,6 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import Share
 from lit_clip.tools.console import plural, stderr
-from lit_clip.tools.hardware import check_precision
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import read_text
@@ -97,7 +96,6 @@ def embed(
     check_output(path)
     one = bool(given.data) != bool(texts)
     require(one, "give either images or --texts; instead of images also a table or other data")
-    check_precision(settings.precision, settings.accelerator)
     require(not (texts and fields != "image"), f"--fields {fields}: is for data, not for --texts")
     weighted = fields == "image,caption" or text_weight is None
     require(weighted, f"--text_weight {text_weight}: is for --fields image,caption")

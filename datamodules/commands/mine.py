@@ -21,7 +21,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hardware import best_device, check_precision
+from lit_clip.tools.hardware import best_device
 from ..loading.store import StoreFolder
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
@@ -116,7 +116,6 @@ def mine(
     """
     path = Path(output)
     check_output(path, [".jsonl"])
-    check_precision(settings.precision, settings.accelerator)
     opened = open_data(given, settings.on_error, keep=keep, default_split="train")
     source = opened.every
     if not isinstance(source, ColumnPairs) or not isinstance(source.cells(0).image, str):

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow, row_means
 from lit_clip.errors import require
@@ -29,7 +29,7 @@ from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, plural, stderr
-from lit_clip.tools.hardware import Precision, autocast, best_device, check_precision
+from lit_clip.tools.hardware import Precision, autocast, best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.imports import __version__
@@ -101,7 +101,6 @@ def overlap(
     require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
     require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     require(-1 <= threshold <= 1, f"--threshold {threshold}: must be between -1 and 1, as cosine similarities are")
-    check_precision(encoding.precision)
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     for name, each in opened.items():  # class names that do not fit are refused before the training data are read
         with naming(name):
@@ -200,11 +199,11 @@ def _searched(
     source: PairSource,
     cache: Path,
     stamp: Sequence[str],
-    encoding: Encoding,
+    settings: Encoding,
 ) -> tuple[dict[str, Searched], list[UnreadableRow]]:
     """Encode all images that the ``cache`` lacks, compare them, and return the unreadable training images."""
     make_folder(cache)
-    device, settings = best_device(), EncodingSettings(**vars(encoding))  # on one device
+    device = best_device()
     searched = {}
     for name, each in opened.items():
         images, size = each.images, len(each.images)

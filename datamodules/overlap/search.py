@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import EncodingSettings, Finished, RowTask, check_complete, encode
+from lit_clip.embedding.encode import Encoding, Finished, RowTask, check_complete, encode
 from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,
@@ -96,7 +96,7 @@ class _ImageTask(RowTask):
 
 
 def encode_images(
-    model: CLIP, images: ImageRows, parts: Parts, settings: EncodingSettings, title: str, several: bool = False
+    model: CLIP, images: ImageRows, parts: Parts, settings: Encoding, title: str, several: bool = False
 ) -> list[UnreadableRow]:
     """Encode the images that ``parts`` lack, one row at a time if it may have ``several``; return the unreadable."""
 

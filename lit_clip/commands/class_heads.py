@@ -14,7 +14,7 @@ from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_output import percent
 from lit_clip.commands.class_sources import ClassOptions, ClassSource, Scores, prompt_weights
 from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_thumbnail
-from lit_clip.embedding.encode import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.index import EXAMPLES, update_index
@@ -133,7 +133,7 @@ class _OfExamples(_OfFile):
     def begin(self, model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> None:
         """Fit the head, and save it."""
         text = prompt_weights(model, names, prompts, encoding)
-        found = _features(model, self.examples, EncodingSettings(**vars(encoding)))
+        found = _features(model, self.examples, encoding)
         shown = found if found.labels.ndim == 2 else found.take((found.labels >= 0).nonzero()[:, 0])
         with progress("head", MOST_FITS) as advance:
             fitted = fit_on(model, self.examples.names, prompts, text, shown, self.options.none_error, advance)
@@ -163,7 +163,7 @@ class _OfExamples(_OfFile):
             _write_label_next(self.head, [(files[row], probability[row]) for row in chosen])
 
 
-def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
+def _features(model: CLIP, examples: ExampleFiles, settings: Encoding) -> Examples:
     table = update_index(model, examples.files, examples.place / EXAMPLES, settings, both_kinds=True)
     rows = {file.identity: row for row, file in enumerate(examples.files)}
     labels = examples.labels[[rows[identity] for identity in table.identities]]

@@ -33,7 +33,7 @@ from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hardware import best_device, check_precision
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.html import page_path
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.reading import read_text, read_yaml
@@ -85,7 +85,6 @@ def classify(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     target, page = Path(output_file) if output_file else None, page_path("sheet", sheet)
     require(target is None or target.absolute().parent.is_dir(), f"--output_file {target}: there is no such folder")
-    check_precision(encoding.precision)
     given, typed = metrics_typed(metrics or []), read_groups(classes or [])
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)

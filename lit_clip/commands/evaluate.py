@@ -22,7 +22,6 @@ from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hardware import check_precision
 from lit_clip.tools.hashing import sha256_of_file
 
 ENCODING = EncodingSettings()
@@ -73,7 +72,6 @@ def evaluate(
         seed: random seed of the draws and of held-out images.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
-    check_precision(encoding.precision, encoding.accelerator)
     require(draws >= 1, f"--draws {draws} must be at least 1")
     require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
     options = TaskOptions(tuple(shots or SHOTS), draws, seed, metrics=metrics_typed(metrics or []))

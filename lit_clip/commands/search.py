@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined, nearest, update_index
@@ -24,7 +24,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
-from lit_clip.tools.hardware import Precision, check_precision
+from lit_clip.tools.hardware import Precision
 from lit_clip.tools.html import page_path, thumbnail, write_page
 from lit_clip.tools.images import open_image, upright
 
@@ -81,7 +81,6 @@ def search(
     """
     _check_queries(queries, image or [], text_weight)  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    check_precision(encoding.precision)
     page, path = page_path("sheet", sheet), Path(images)
     stored = holds_features(path, index, encoding.precision)
     files = [] if stored else images_in(path, encoding.on_error)
@@ -89,8 +88,7 @@ def search(
         clip = load_model(model)
         # before the folder: an unreadable query ends the command
         titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
-        settings = EncodingSettings(**vars(encoding))  # on one device
-        searched = read_searched(path, clip) if stored else search_in(clip, path, files, index, settings)
+        searched = read_searched(path, clip) if stored else search_in(clip, path, files, index, encoding)
         found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
         hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
         for title, each in zip(titles, hits, strict=True):
@@ -138,9 +136,7 @@ def _check_queries(queries: Sequence[str], images: Sequence[str], text_weight: f
         require(os.path.exists(each), f"--image {each}: no such image file")
 
 
-def search_in(
-    model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: EncodingSettings
-) -> Searched:
+def search_in(model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: Encoding) -> Searched:
     """Return a folder's images to search; encode images that its index lacks."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]

@@ -20,7 +20,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, stderr
-from lit_clip.tools.hardware import autocast, best_device, check_precision
+from lit_clip.tools.hardware import autocast, best_device
 from lit_clip.tools.images import or_skip
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
@@ -87,7 +87,6 @@ def wise_ft(
     path = Path(output) if output else None
     if path:
         check_output(path, [".ckpt"])
-    check_precision(encoding.precision)
     device = best_device()
     with claimed(path):
         line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))

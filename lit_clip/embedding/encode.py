@@ -42,7 +42,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.claims import Share, claimed
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.hardware import Precision, autocast, keep_freed_memory
+from lit_clip.tools.hardware import Precision, autocast, check_precision, keep_freed_memory
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
 from lit_clip.tools.imports import __version__
 from lit_clip.tools.workers import Mapped, loader, workers_for_images
@@ -71,15 +71,19 @@ class Encoding:
     num_workers: int | None = None
     precision: Precision = "32-true"
     on_error: OnError = "error"
+    devices: ClassVar[int] = 1  # the last ones: options of EncodingSettings behind all others
+    accelerator: ClassVar[str] = "auto"
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"--batch_size {self.batch_size} must be at least 1")
         require((self.num_workers or 0) >= 0, f"--num_workers {self.num_workers} must be at least 0")
+        check_precision(self.precision, self.accelerator)
 
     @property
     def workers(self) -> int:
         """Number of data workers of each process."""
-        return workers_for_images(1) if self.num_workers is None else self.num_workers
+        processes = self.devices if self.devices > 0 else max(1, torch.accelerator.device_count())  # -1: all
+        return workers_for_images(processes) if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,8 @@ class EncodingSettings(Encoding):
         accelerator: cpu, gpu, mps, ...
     """
 
-    devices: int = 1
-    accelerator: str = "auto"
-
-    @property
-    def workers(self) -> int:
-        processes = self.devices if self.devices > 0 else max(1, torch.accelerator.device_count())  # -1: all
-        return workers_for_images(processes) if self.num_workers is None else self.num_workers
+    devices: int = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    accelerator: str = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def encode(
     model: CLIP,
     task: EncodingTask,
     parts: Parts,
-    settings: EncodingSettings,
+    settings: Encoding,
     known: Container[Identity] = (),
 ) -> list[UnreadableRow] | None:
     """Encode into ``parts`` all items that are neither there nor ``known``; an interruption keeps the finished ones.
@@ -264,7 +263,7 @@ def features_of(
     model: CLIP,
     tasks: Sequence[EncodingTask],
     parts: Parts,
-    settings: EncodingSettings,
+    settings: Encoding,
     known: FeatureTable | None = None,
 ) -> list[FeatureTable]:
     """Return the features of each task's items; encode items that are neither in ``parts`` nor ``known``.
@@ -298,7 +297,7 @@ def work_on(
     output: Path,
     model: str,
     stamp: str,
-    settings: EncodingSettings,
+    settings: Encoding,
     share: Share = Share(),  # noqa: B008
     encoders: Sequence[str] = ("image", "text"),
 ) -> Iterator[Work]:
@@ -316,7 +315,7 @@ def work_on(
         yield Work(clip, parts, {"model": model, **made_by, "precision": settings.precision, "lit_clip": __version__})
 
 
-def start_processes(settings: EncodingSettings) -> torch.device:
+def start_processes(settings: Encoding) -> torch.device:
     """Start or join the other processes, unless this was done before; return this process's device."""
     trainer = make_trainer(settings)
     strategy = trainer.strategy
@@ -328,14 +327,14 @@ def start_processes(settings: EncodingSettings) -> torch.device:
 
 
 @contextmanager
-def claimed_by_first(output: Path, settings: EncodingSettings, share: Share = Share()) -> Iterator[None]:  # noqa: B008
+def claimed_by_first(output: Path, settings: Encoding, share: Share = Share()) -> Iterator[None]:  # noqa: B008
     """Start the other processes, and let the first one claim the output: :func:`lit_clip.tools.claims.claimed`."""
     start_processes(settings)
     with claimed(None if distributed.rank_and_world()[0] else output, share=share):
         yield
 
 
-def make_trainer(settings: EncodingSettings) -> "Trainer":
+def make_trainer(settings: Encoding) -> "Trainer":
     """Return a trainer that only starts processes: no logs, checkpoints or progress bar."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment

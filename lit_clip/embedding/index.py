@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encode import EncodingSettings, features_of, image_task, report_skipped
+from lit_clip.embedding.encode import Encoding, features_of, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, Identity
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
@@ -34,7 +34,7 @@ QUERIES = 256  # rows of which all others are found at once
 
 
 def update_index(
-    model: CLIP, files: Sequence[ImageFile], path: Path, settings: EncodingSettings, both_kinds: bool = False
+    model: CLIP, files: Sequence[ImageFile], path: Path, settings: Encoding, both_kinds: bool = False
 ) -> FeatureTable:
     """Return the features of all images; encode the images that the index lacks, and update it.
 

@@ -100,8 +100,9 @@ _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 def check_precision(precision: Precision, accelerator: str = "auto") -> None:
     """Refuse a precision that the device lacks; warn if it is emulated. ``accelerator`` is Lightning's name."""
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
-    require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
+    if precision == "16-mixed":
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
+        require(not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
     if precision == "bf16-mixed" and computes_in_bfloat16(accelerator) is False:
         from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
 

@@ -303,10 +303,10 @@ def test_float16_is_refused_where_the_cpu_computes(
 ) -> None:
     monkeypatch.setattr(hardware, "best_device", lambda: torch.device(device))
     if not refused:
-        check_precision("16-mixed", accelerator)
+        EncodingSettings(precision="16-mixed", accelerator=accelerator)
         return
     with pytest.raises(InputError, match="--precision 16-mixed: needs a GPU; on a CPU use 32-true"):
-        check_precision("16-mixed", accelerator)
+        EncodingSettings(precision="16-mixed", accelerator=accelerator)
 
 
 def test_float32_leaves_a_trainers_autocast_as_it_is() -> None:
