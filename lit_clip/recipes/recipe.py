@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Facts(NamedTuple):
     digest: str = ""  # of the pairs
 
 
+@dataclass(eq=False)
 class Run:
     """A run before its start, as a recipe sees it. Data and model are created on first use.
 
@@ -43,30 +45,22 @@ class Run:
         world: number of ranks.
     """
 
-    def __init__(
-        self,
-        given: Mapping[str, Any],
-        make_data: Callable[[], Any],
-        make_module: Callable[[], Any],
-        seconds: Callable[[], float] = lambda: 0.0,
-        seed: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.given = given
-        self.seconds = seconds
-        self.seed = seed
-        self.world = world
-        self._make_data, self._make_module = make_data, make_module
+    given: Mapping[str, Any]
+    make_data: Callable[[], Any]
+    make_module: Callable[[], Any]
+    seconds: Callable[[], float] = lambda: 0.0
+    seed: int = 0
+    world: int = 1
 
     @cached_property
     def data(self) -> Any:
         """The data module."""
-        return self._make_data()
+        return self.make_data()
 
     @cached_property
     def module(self) -> Any:
         """The module, on the CPU."""
-        return self._make_module()
+        return self.make_module()
 
     @property
     def per_image(self) -> str:
