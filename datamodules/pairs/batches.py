@@ -120,7 +120,7 @@ def _told(kind: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str:
 
 
 class SourcePairs:
-    """Rows of a source, by default all, as :class:`lit_clip.embedding.pair_scores.PairRows`."""
+    """Rows of a source, by default all, as :class:`lit_clip.embedding.reading.ImageRows`."""
 
     def __init__(self, source: PairSource, rows: Sequence[int] | None = None) -> None:
         self.source, self.rows = source, range(len(source)) if rows is None else rows

@@ -16,12 +16,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
 from .decisions import DROP, KEEP, check_scores
 from .source import compute
+
+SCORES = pa.schema(
+    {
+        "row": pa.int64(),
+        "pair": pa.int64(),  # pair_hash; like all but row and finding null for a row that cannot be read
+        "key": pa.string(),
+        "caption": pa.string(),
+        "score": pa.float32(),  # null where there is a finding
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "finding": pa.string(),
+    }
+)
 
 
 class Cut(NamedTuple):

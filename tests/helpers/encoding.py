@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules.commands.score import PairTask
 from lit_clip.embedding.encode import EncodingTask
-from lit_clip.embedding.pair_scores import PairTask
 from lit_clip.embedding.reading import EncoderBatch
 
 STEPS: dict[type[EncodingTask], Any] = {kind: kind.step for kind in (EncodingTask, PairTask)}

@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from datamodules.pairs.score_files import SCORES
 from datamodules.shards.index import COLUMNS
 from datamodules.shards.index import FORMAT as INDEX_FORMAT
 from lit_clip.cli import lightning, subcommands
 from lit_clip.cli.plain_help import COMMON
 from lit_clip.embedding.feature_files import write_features
-from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.heads.head import FORMAT as HEAD_FORMAT
 from lit_clip.tools.option_errors import parameters
 from lit_clip.tools.sharded_files import VERSION

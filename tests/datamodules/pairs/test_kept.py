@@ -22,10 +22,9 @@ from datamodules.pairs.decisions import ALL_PAIRS, label_of, read_decisions
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.score_files import PairFilters, write_scores
+from datamodules.pairs.score_files import SCORES, PairFilters, write_scores
 from datamodules.pairs.source import Columns, PairSource
 from datamodules.shards.pairs import TarPairs
-from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import pair_hash
 from tests.helpers.small_sets import make_module, make_trainer, trained_on

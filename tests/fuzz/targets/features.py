@@ -22,10 +22,9 @@ from datamodules.pairs.custom import CustomPairs
 from datamodules.pairs.decisions import ALL_PAIRS, FINDINGS
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
-from datamodules.pairs.score_files import PairFilters, ScoreFile, write_scores
+from datamodules.pairs.score_files import SCORES, PairFilters, ScoreFile, write_scores
 from datamodules.pairs.source import Columns
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
-from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.tools.hashing import pair_hash
 from lit_clip.tools.reading import naming
