@@ -13,8 +13,7 @@ from lit_clip.errors import InputError, require, similar_file
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
-from lit_clip.tools.messages import one_line
-from lit_clip.tools.option_errors import OptionParser
+from lit_clip.tools.messages import OptionParser, one_line
 from lit_clip.tools.reading import check_is_file, reading
 from .loading.store import is_remote
 from .pairs.mixture import Concatenated

@@ -32,7 +32,7 @@ from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.subcommands import CONFIGURED
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.evaluation.suite import read_suite
-from lit_clip.tools.option_errors import parameters
+from lit_clip.tools.messages import parameters
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 from tests.helpers.exports import command_traced_once

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.option_errors import imported_class, nearest, parameters
+from lit_clip.tools.messages import imported_class, nearest, parameters
 from lit_clip.tools.parts import qualified_name
 
 PREFIX = "--trainer.callbacks"

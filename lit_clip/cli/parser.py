@@ -26,7 +26,7 @@ from lit_clip.cli.plain_help import PlainHelp, short_help
 from lit_clip.errors import InputError, require
 from lit_clip.models.external_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
 from lit_clip.tools.class_paths import find_object, import_listed, import_modules
-from lit_clip.tools.option_errors import OptionParser, nested_parameters
+from lit_clip.tools.messages import OptionParser, nested_parameters
 from lit_clip.tools.own_files import configuration_path
 from lit_clip.tools.parts import qualified_name
 from lit_clip.tools.reading import read_yaml

@@ -21,7 +21,7 @@ from lit_clip.cli.lazy_packages import uncollected
 from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.guarded_output import log_level
-from lit_clip.tools.option_errors import OptionParser
+from lit_clip.tools.messages import OptionParser
 
 # "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
 # are only named, like class paths in a YAML file.

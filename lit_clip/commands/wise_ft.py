@@ -22,8 +22,7 @@ from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, stderr
 from lit_clip.tools.hardware import autocast, best_device
 from lit_clip.tools.images import or_skip
-from lit_clip.tools.messages import one_line
-from lit_clip.tools.option_errors import OptionParser
+from lit_clip.tools.messages import OptionParser, one_line
 from lit_clip.tools.reading import naming, read_yaml
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.weights.checkpoints import saved_tokenizer

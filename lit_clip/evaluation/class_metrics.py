@@ -25,7 +25,7 @@ from lit_clip.evaluation.scores import METRICS
 from lit_clip.evaluation.suite import check_name
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.option_errors import imported_class
+from lit_clip.tools.messages import imported_class
 from lit_clip.tools.parts import instantiate, unwrapped
 from lit_clip.tools.reading import parse_yaml, write_csv
 

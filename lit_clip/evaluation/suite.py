@@ -11,8 +11,7 @@ from jsonargparse import ArgumentError
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.evaluation.scores import METRICS
-from lit_clip.tools.messages import one_line
-from lit_clip.tools.option_errors import OptionParser
+from lit_clip.tools.messages import OptionParser, one_line
 from lit_clip.tools.own_files import SUITES, configuration_path
 from lit_clip.tools.parts import instantiate
 from lit_clip.tools.reading import read_yaml

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 from lit_clip.errors import InputError
 from lit_clip.tools.class_paths import short_names
-from lit_clip.tools.messages import one_line, user_error
-from lit_clip.tools.option_errors import OptionParser
+from lit_clip.tools.messages import OptionParser, one_line, user_error
 
 Part = TypeVar("Part")
 Description = dict[str, Any]

@@ -15,7 +15,7 @@ from lit_clip.cli import lightning, subcommands
 from lit_clip.cli.plain_help import COMMON
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.heads.head import FORMAT as HEAD_FORMAT
-from lit_clip.tools.option_errors import parameters
+from lit_clip.tools.messages import parameters
 from lit_clip.tools.sharded_files import VERSION
 from lit_clip.weights.checkpoints import _OURS, RESUMED
 
