@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip import distributed
 from lit_clip.errors import require
-from lit_clip.tools.claims import release
+from lit_clip.tools.atomic import release
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
 from lit_clip.training.lightning.loop_counts import validate_after_step, validation_due

@@ -136,7 +136,7 @@ def test_files_that_run_out_later_are_the_same_line() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from lit_clip.tools.claims import claim
+from lit_clip.tools.atomic import claim
 claim(Path(sys.argv[1]))
 Path(f".{sys.argv[1]}.parts").mkdir()
 Path("held").touch()

@@ -31,7 +31,7 @@ from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.index import combined
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.claims import Share
+from lit_clip.tools.atomic import Share
 from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError

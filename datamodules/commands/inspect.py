@@ -10,7 +10,7 @@ from lit_clip.embedding.parts import Parts
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.claims import Share, claimed
+from lit_clip.tools.atomic import Share, claimed
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.html import page_path
 from lit_clip.tools.imports import __version__

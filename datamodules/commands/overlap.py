@@ -26,8 +26,7 @@ from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
-from lit_clip.tools.atomic import make_folder, remove, replacing
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed, make_folder, remove, replacing
 from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import Precision, autocast, best_device
 from lit_clip.tools.hashing import hex_digest

@@ -34,7 +34,7 @@ from lit_clip.embedding.reading import (
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.claims import Share, claimed
+from lit_clip.tools.atomic import Share, claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import pair_hash
 from lit_clip.tools.images import FIX_HINT, full_size

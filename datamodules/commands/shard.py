@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.atomic import make_folder
-from lit_clip.tools.claims import Share, claimed
+from lit_clip.tools.atomic import Share, claimed, make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from ..pairs.findings import DataOptions

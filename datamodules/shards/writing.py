@@ -13,8 +13,7 @@ from PIL import Image
 
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.preprocess import to_rgb
-from lit_clip.tools.atomic import not_written, replacing
-from lit_clip.tools.claims import Share
+from lit_clip.tools.atomic import Share, not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, full_size, image_for_model

@@ -11,8 +11,7 @@ import numpy as np
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import require
-from lit_clip.tools.atomic import not_written, replacing
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed, not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.reading import reading

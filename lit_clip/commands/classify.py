@@ -31,7 +31,7 @@ from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.suite import check_name
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.html import page_path

@@ -13,8 +13,7 @@ from rich.table import Column, Table
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing_folder
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed, replacing_folder
 from lit_clip.tools.console import Console, progress
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file

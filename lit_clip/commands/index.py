@@ -8,7 +8,7 @@ import numpy as np
 from lit_clip.approximate.approximate_index import SUFFIX, add_to_index, check_alike, write_faiss
 from lit_clip.embedding.feature_files import check_output, read_features
 from lit_clip.errors import require
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed
 from lit_clip.tools.console import stderr
 
 CHECKED = 100  # rows that are searched for, to say how many of the nearest are found

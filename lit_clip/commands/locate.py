@@ -21,8 +21,7 @@ from lit_clip.errors import BadSample, require
 from lit_clip.locating.locator import FALSE_ALARMS, Locator
 from lit_clip.locating.overlay import overlays
 from lit_clip.locating.regions import resized_mask
-from lit_clip.tools.atomic import make_folder, remove, replacing
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed, make_folder, remove, replacing
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest

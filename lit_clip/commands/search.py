@@ -22,7 +22,7 @@ from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import Precision
 from lit_clip.tools.html import page_path, thumbnail, write_page

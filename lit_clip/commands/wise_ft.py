@@ -18,7 +18,7 @@ from lit_clip.evaluation.targets import accuracies, classification_counts
 from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed
 from lit_clip.tools.console import Console, stderr
 from lit_clip.tools.hardware import autocast, best_device
 from lit_clip.tools.images import or_skip

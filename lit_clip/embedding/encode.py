@@ -39,8 +39,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
 from lit_clip.secrets import without_secrets
-from lit_clip.tools.atomic import replacing
-from lit_clip.tools.claims import Share, claimed
+from lit_clip.tools.atomic import Share, claimed, replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hardware import Precision, autocast, check_precision, keep_freed_memory
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
@@ -328,7 +327,7 @@ def start_processes(settings: Encoding) -> torch.device:
 
 @contextmanager
 def claimed_by_first(output: Path, settings: Encoding, share: Share = Share()) -> Iterator[None]:  # noqa: B008
-    """Start the other processes, and let the first one claim the output: :func:`lit_clip.tools.claims.claimed`."""
+    """Start the other processes, and let the first one claim the output: :func:`lit_clip.tools.atomic.claimed`."""
     start_processes(settings)
     with claimed(None if distributed.rank_and_world()[0] else output, share=share):
         yield

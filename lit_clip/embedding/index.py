@@ -19,8 +19,7 @@ from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
-from lit_clip.tools.atomic import make_folder
-from lit_clip.tools.claims import claimed
+from lit_clip.tools.atomic import claimed, make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import not_written, replacing
-from lit_clip.tools.claims import Share
+from lit_clip.tools.atomic import Share, not_written, replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
@@ -61,7 +60,7 @@ class Parts:
     """Finished parts of an unfinished output, in a hidden folder beside it; the next run resumes with them.
 
     Parts of other ``settings``, which are all that they depend on besides their items, are passed over. Several jobs
-    may make a ``share`` of the parts each; the output is claimed by who makes it (:mod:`lit_clip.tools.claims`).
+    may make a ``share`` of the parts each; the output is claimed by who makes it (:mod:`lit_clip.tools.atomic`).
     """
 
     def __init__(self, output: Path, settings: str, share: Share = Share()) -> None:  # noqa: B008

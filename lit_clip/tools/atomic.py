@@ -1,18 +1,28 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that one process reserves and writes, and that appear whole or not at all.
+
+And shares of the work of jobs that do not communicate.
+"""
 
 import ctypes
 import glob
 import os
+import re
 import shutil
+import socket
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 from lit_clip.errors import InputError
 
 OS_ERROR = "(os error "  # of safetensors and tokenizers, which raise no OSError
+DRAFTS = ".*.????????.tmp"  # see draft_of
+_held: dict[Path, FileLock] = {}  # this process's locks
 
 
 @contextmanager
@@ -98,3 +108,118 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+class Share(NamedTuple):
+    """Every ``of``-th item, starting at item ``number``; by default all items."""
+
+    number: int = 0  # counted from 0
+    of: int = 1
+
+    @classmethod
+    def typed(cls, text: str | None) -> "Share":
+        """Return the share of ``--share i/n``, counted from 1; all items without it."""
+        if text is None:
+            return cls()
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise InputError(f"--share {text}: must be i/n with i from 1 to n, such as 3/16 for the third job of 16")
+        return cls(int(found[1]) - 1, int(found[2]))
+
+    def has(self, item: int) -> bool:
+        """Return whether the share contains an item."""
+        return item % self.of == self.number
+
+    @property
+    def suffix(self) -> str:
+        """Suffix for names of files that only this job writes; empty for all items."""
+        return f"-{self.number + 1}-of-{self.of}" if self.of > 1 else ""
+
+    def finished(self, output: object) -> str:
+        """Return the last line that a job prints."""
+        return (
+            f"{output}: share {self.number + 1}/{self.of} is finished; when all are, the same command without --share "
+            "joins them"
+        )
+
+
+@contextmanager
+def claimed(*paths: Path | None, option: str = "--output", share: Share = Share()) -> Iterator[None]:  # noqa: B008
+    """Claim files or folders to be written, from before their old content is read until the new content is there.
+
+    Processes that write different shares of an output hold it together. One that writes all of it waits for no share:
+    it is refused while any is held, but a share that starts later is not. What this process holds already stays held.
+
+    Raises:
+        InputError: another process holds one; the line names it, and ``option`` for another name.
+    """
+    before, names = frozenset(_held), [path for path in paths if path is not None]
+    made = [parent for path in names for parent in path.absolute().parents if not parent.exists()]
+    advice = f", or give another {option}" if option else ""
+    try:
+        for path in names:
+            for each in _together(path.expanduser().resolve(), share):
+                if holder := claim(each):
+                    raise InputError(f"{path}: another process writes there ({holder}); wait for its end{advice}")
+        yield
+    finally:
+        release(before)
+        with suppress(OSError):  # not empty
+            for parent in made:
+                parent.rmdir()
+
+
+def _together(path: Path, share: Share) -> list[Path]:
+    """Return the files to claim for a share of an output; for the whole output, also others' claimed shares."""
+    others = path.parent.glob(f".{glob.escape(path.name)}-*-of-*.lock") if share == Share() else ()
+    names = [path.name + share.suffix, *(lock.name[1 : -len(".lock")] for lock in others)]
+    return [path.parent / name for name in names]
+
+
+def claim(path: Path) -> str:
+    """Claim a file or folder until :func:`release` or the end of this process, however it ends.
+
+    A file beside it is locked. Where that is impossible (no permission, no locks on this disk) it counts as held, and
+    saving says what is wrong.
+
+    Returns:
+        who holds it instead; empty if this process does.
+    """
+    path = path.expanduser().resolve()
+    file = path.parent / f".{path.name}.lock"
+    if file in _held:
+        return ""
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.2)  # its holder may be about to remove the file
+    except Timeout:
+        with suppress(OSError):
+            return file.read_text(encoding="utf-8") or "another process"
+        return "another process"
+    except (OSError, NotImplementedError):
+        return ""
+    _held[file] = lock
+    with suppress(OSError):
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    return ""
+
+
+def release(kept: Collection[Path] = ()) -> None:
+    """Release this process's claims, except for the locks in ``kept``."""
+    for file in _held.keys() - set(kept):
+        lock = _held.pop(file)
+        with suppress(OSError):
+            file.unlink()  # while it is locked: a process that has opened it meanwhile finds it gone and makes another
+        lock.release()
+
+
+def remove_leftovers(checkpoint: Path) -> None:
+    """Remove a killed run's leftovers beside a checkpoint, if no run writes there."""
+    folder, before = checkpoint.absolute().parent, frozenset(_held)
+    if not any(folder.glob(DRAFTS)):  # no lock is left beside folders that are only read
+        return
+    if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
+        for draft in folder.glob(DRAFTS):
+            remove(draft)
+    release(before)

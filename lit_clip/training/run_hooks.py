@@ -23,7 +23,7 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools import hardware
-from lit_clip.tools.claims import release, remove_leftovers
+from lit_clip.tools.atomic import release, remove_leftovers
 from lit_clip.tools.parts import Description
 from lit_clip.tools.reading import naming
 from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkpoint

@@ -16,7 +16,7 @@ from lit_clip.approximate import open_index
 from lit_clip.cli.subcommands import COMMANDS, run_command
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.errors import InputError
-from lit_clip.tools import claims
+from lit_clip.tools import atomic
 from tests.helpers import forks
 from tests.helpers.demo import skip_without_starlette
 
@@ -85,8 +85,8 @@ def folder(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
 def hold(paths: Connection) -> None:
     """Hold each path that is sent until the next one."""
     while path := paths.recv():
-        claims.release()
-        paths.send(claims.claim(Path(path)))
+        atomic.release()
+        paths.send(atomic.claim(Path(path)))
 
 
 @pytest.fixture(scope="module")

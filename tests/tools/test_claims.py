@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from lit_clip.errors import InputError
-from lit_clip.tools.claims import Share, claim, claimed
+from lit_clip.tools.atomic import Share, claim, claimed
 from tests.helpers import forks
 
 PROCESSES, TIMES = 3, 8

@@ -13,8 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import not_written
-from lit_clip.tools.claims import claim
+from lit_clip.tools.atomic import claim, not_written
 
 CONFIG = "fit_config"
 RUN = "version"

@@ -15,7 +15,7 @@ from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
-from lit_clip.tools.claims import Share
+from lit_clip.tools.atomic import Share
 from tests.conftest import lit_clip_command
 from tests.helpers import forks
 from tests.helpers.encoding import watch_encoding

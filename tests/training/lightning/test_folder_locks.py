@@ -19,7 +19,7 @@ from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.tools import claims
+from lit_clip.tools import atomic
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from tests.conftest import TINY_YAML, without_packaged_defaults
 from tests.helpers import forks
@@ -51,7 +51,7 @@ def test_four_fits_that_start_at_once_have_four_folders_with_their_own_weights(
 
 
 def _hold(folder: str) -> None:
-    assert claims.claim(Path(folder)) == ""
+    assert atomic.claim(Path(folder)) == ""
     Path(folder, "held").touch()
     time.sleep(60)
 
@@ -145,7 +145,7 @@ def test_what_a_killed_run_left_is_removed_beside_a_checkpoint_unless_a_run_writ
         (folder / "checkpoints/.step=2.ckpt.0a1b2c3d.tmp").mkdir()  # of a checkpoint in shards
         (folder / "checkpoints/.step=2.ckpt.0a1b2c3d.tmp/rank_0.safetensors").write_text("half")
         (folder / "checkpoints/last.ckpt").write_text("whole")
-        claims.remove_leftovers(folder / "checkpoints/last.ckpt")
+        atomic.remove_leftovers(folder / "checkpoints/last.ckpt")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert len(list((live / "checkpoints").iterdir())) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"version_0", "version_1", ".version_1.lock"}
@@ -158,7 +158,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     elsewhere.write_text("precious")
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         folder.with_name(f".{folder.name}.lock").symlink_to(elsewhere)
-    claims.remove_leftovers(checkpoint)
+    atomic.remove_leftovers(checkpoint)
     assert elsewhere.read_text() == "precious"
 
 
@@ -168,5 +168,5 @@ def test_resuming_writes_nothing_beside_a_folder_in_which_no_run_was_killed(tmp_
     checkpoint.write_text("whole")
     before = [folder.stat().st_mtime_ns for folder in (tmp_path, checkpoint.parent)]
     time.sleep(0.02)  # longer than the clock of a file system takes
-    claims.remove_leftovers(checkpoint)
+    atomic.remove_leftovers(checkpoint)
     assert [folder.stat().st_mtime_ns for folder in (tmp_path, checkpoint.parent)] == before
