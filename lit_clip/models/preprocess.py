@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing, height_width
+from lit_clip.tools.bands import banded, eight_bit_bands, tiff_bands
 from lit_clip.tools.levels import BITS, check_count, eight_bits, levels_of
 
 
@@ -35,12 +36,8 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
     Return a PIL image, or uint8 ``[C, H, W]`` for a model that reads other bands than red, green and blue.
     """
     if config.bands != 3:
-        from lit_clip.tools.bands import eight_bit_bands  # which few models need
-
         return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
     if config.window and image.mode == "RGB" and max(getattr(image, "tag_v2", {}).get(BITS, (8,))) > 8:
-        from lit_clip.tools.bands import tiff_bands
-
         image = tiff_bands(image, 3)  # of 16 bits, of which Pillow has read the highest 8
     check_count(image, 3)
     return eight_bits(image, window=config.window)
@@ -49,8 +46,6 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
 def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
     """Return an image; warn if it has more than 8 bits a level and neither model nor file has a window."""
     if isinstance(image, Array):
-        from lit_clip.tools.bands import banded
-
         try:
             image = banded(image, "an array [height, width, bands]")
         except ValueError as error:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lit_clip.errors import BadSample, InputError
+from lit_clip.tools.bands import ArrayFile, DicomFile, TiffBands, banded, tiff_values
 from lit_clip.tools.levels import BANDS, BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
@@ -64,9 +65,9 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 def _prepare() -> None:
     """Register DICOM files and arrays with Pillow, and ignore Pillow's varied warnings about readable files."""
     Image.preinit()  # DICOM comes after all formats that Pillow recognises by their first bytes
-    Image.register_open("DICOM", partial(_bands, "DicomFile"))
-    Image.register_open("NPY", partial(_bands, "ArrayFile"), lambda start: start.startswith(b"\x93NUMPY"))
-    Image.register_open("TIFF OF BANDS", partial(_bands, "TiffBands"), lambda start: start[:4] in TIFF)
+    Image.register_open("DICOM", DicomFile)
+    Image.register_open("NPY", ArrayFile, lambda start: start.startswith(b"\x93NUMPY"))
+    Image.register_open("TIFF OF BANDS", TiffBands, lambda start: start[:4] in TIFF)
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -76,13 +77,6 @@ def formats() -> list[str]:
     _prepare()
     Image.init()
     return sorted(Image.OPEN)
-
-
-def _bands(name: str, *given: Any) -> Any:
-    """Call a function of :mod:`lit_clip.tools.bands`, which few images need."""
-    from lit_clip.tools import bands
-
-    return getattr(bands, name)(*given)
 
 
 @contextmanager
@@ -145,7 +139,7 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
         tags = getattr(image, "tag_v2", {})
         planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(BANDS, 1) > 1
         if planes and (max(tags.get(BITS, (8,))) > 8 or image.mode == "LA"):
-            return _bands("banded", _bands("tiff_values", source))  # Pillow cannot decode them, or not rightly
+            return banded(tiff_values(source))  # Pillow cannot decode them, or not rightly
         image.load()
         return image
 
