@@ -1,24 +1,30 @@
-"""Detect the format of a source of pairs, and open it."""
+"""Detect the format of a source of pairs, and open it, also as the training data of a command."""
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jsonargparse import ArgumentError
 
-from lit_clip.errors import InputError, require, similar_file
+from lit_clip.errors import BadSample, InputError, require, similar_file
 from lit_clip.tools.class_paths import short_names
+from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
+from lit_clip.tools.images import OnError
 from lit_clip.tools.messages import OptionParser, one_line
 from lit_clip.tools.reading import check_is_file, reading
 from .loading.store import is_remote
+from .pairs.kept import digest_of_kept, kept_pairs
 from .pairs.mixture import Concatenated
-from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
+from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, Row, SourceOptions
 from .pairs.text_table import open_table
+
+if TYPE_CHECKING:
+    from .pairs.findings import DataOptions
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
@@ -192,3 +198,50 @@ def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
     if files and not from_img2dataset:
         return lambda options: parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
     return None
+
+
+class Opened(NamedTuple):
+    """Training data before and after applying tables of decisions."""
+
+    options: "tuple[DataOptions, Classes]"
+    every: PairSource
+    pairs: PairSource  # without what a table of ``--keep`` drops
+
+    def stamp(self, *outputs: Path) -> str:
+        """Return a cache key of the pairs; it does not change with the command's own outputs."""
+        files = stamp_of_data(self.options[0].data, outputs)
+        return repr((self.options, len(self.every), self.every.versions, files, digest_of_kept(self.pairs)))
+
+
+def open_data(
+    options: "DataOptions",
+    on_error: OnError = "skip",
+    classes: Classes = Classes(),  # noqa: B008  # immutable
+    keep: str | Sequence[str] | None = None,
+    default_split: str | None = None,
+) -> Opened:
+    """Open and prepare training data, and report the pairs left out."""
+    require(bool(options.data), "no data: name a table, a folder or shards before the options")
+    fields = {"columns": options.columns, "split": options.split, "classes": classes, "on_error": on_error}
+    every = open_source(options.data, **fields, default_split=default_split, option_prefix="--")
+    require(len(every) > 0, f"{', '.join(options.data)}: has no pairs")
+    every.prepare()
+    if every.left_out.counts:
+        stderr().print(f"{every.left_out} left out")
+    return Opened((options, classes), every, every if keep is None else kept_pairs(every, keep, "--keep"))
+
+
+def readable_rows(source: PairSource, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """Yield the number of each row with readable texts, and the row without its image.
+
+    For the others raise an error, or name them and leave them out.
+    """
+    for number in range(len(source)):
+        try:
+            row = source.row(number)._replace(image=None)
+        except BadSample as error:
+            if on_error == "error":
+                raise
+            stderr().print(f"skipped: {error}")
+        else:
+            yield number, row

@@ -36,12 +36,11 @@ from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import read_text
-from ..open_source import holds_pairs
+from ..open_source import Opened, holds_pairs, open_data, readable_rows
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
 from ..pairs.source import IMAGES_OF, Classes, PairSource
-from .opened import Opened, open_data, readable_rows
 
 Fields = Literal["image", "caption", "image,caption"]
 

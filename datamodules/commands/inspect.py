@@ -17,10 +17,9 @@ from lit_clip.tools.imports import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
 from ..inspection.page import Inspection, Summary, find_duplicates, summarize, write_inspection
 from ..inspection.scan import ScanFindings, inspect_source, scan
-from ..open_source import stamp_of_data
+from ..open_source import open_data, stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import PairSource, numbered
-from .opened import open_data
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the table beside it have more

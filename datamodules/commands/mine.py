@@ -23,12 +23,12 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from ..loading.store import StoreFolder
+from ..open_source import open_data, readable_rows
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
 from ..pairs.related_rows import caption_hash
 from ..pairs.source import PairSource, Row
-from .opened import open_data, readable_rows
 
 IMAGES = 256  # that are compared with all captions at once
 

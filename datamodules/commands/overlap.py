@@ -34,6 +34,7 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.imports import __version__
 from lit_clip.tools.reading import naming
 from ..evaluation.own_classes import ImageFolderClasses
+from ..open_source import open_data
 from ..overlap.page import percent, points, write_overlap
 from ..overlap.search import (
     EncodedImages,
@@ -46,7 +47,6 @@ from ..overlap.search import (
 )
 from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import Columns, PairSource
-from .opened import open_data
 
 LISTED_BAD = 20
 OUTPUTS = (".findings.csv", ".html", ".json")

@@ -38,12 +38,12 @@ from lit_clip.tools.atomic import Share, claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import pair_hash
 from lit_clip.tools.images import FIX_HINT, full_size
+from ..open_source import open_data
 from ..pairs.batches import SourcePairs
 from ..pairs.decisions import ALL_PAIRS, label_of
 from ..pairs.findings import DataOptions
 from ..pairs.score_files import SCORES, PairFilters, ScoreFile, write_scores
 from ..pairs.source import Classes
-from .opened import open_data
 
 NOT_FINITE = "score is not finite"
 

@@ -6,11 +6,11 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import Share, claimed, make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from ..open_source import open_data
 from ..pairs.findings import DataOptions
 from ..pairs.kept import digest_of_kept
 from ..pairs.source import COLUMNS, Columns
 from ..shards.writing import MANIFEST, ShardWriter, keep_manifest, manifest_of, write_shards
-from .opened import open_data
 
 
 def shard(
