@@ -25,7 +25,6 @@ from lit_clip.evaluation.class_head import fit_head
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.few_shot import train_few_shot
 from lit_clip.evaluation.probe import Split, places_in_classes
-from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.thresholds import none_threshold
 
@@ -77,7 +76,7 @@ def splits(
 ) -> tuple[Split, Split]:
     """Return what examples are drawn from, and what is tested."""
     labels, rows, parts = torch.tensor(images.labels()), [], []
-    for batch, features in encoded_batches(model, SetRows(images), 64, 2, encode=features_of_both_kinds(model)):
+    for batch, features in encoded_batches(model, images, 64, 2, encode=features_of_both_kinds(model)):
         rows += batch.rows
         parts.append(features)
     both, labels = torch.cat(parts), labels[rows]

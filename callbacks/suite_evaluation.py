@@ -23,11 +23,11 @@ from lit_clip.evaluation.classification import TaskOptions, all_targets, check_s
 from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias, trained_classes
-from lit_clip.evaluation.places import PlaceRecords, PlaceTask, records_arrays
+from lit_clip.evaluation.places import PlaceTask, records_arrays
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.scores import evaluate_scores
-from lit_clip.evaluation.set_encoding import SetEncoder, SetFeatures
+from lit_clip.evaluation.set_encoding import SetEncoder, SetFeatures, SetValues
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import encode_set, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
@@ -274,9 +274,9 @@ class SuiteEvaluation(Callback):
                 known[stamp] = self._encoder.encode(model, images, partial(self.features, model), title)
             return known[stamp]
 
-        def records(images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords:
+        def records(images: ImageSet, task: PlaceTask, texts: str, title: str) -> SetValues:
             found = records_arrays(self._encoder.steps(model, images, task, title))
-            return PlaceRecords(found["values"], found["rows"].tolist(), [])
+            return SetValues(found["values"], found["rows"].tolist(), [])
 
         folds = [replace(fold, features={}) for fold in opened.folds]
         current = replace(opened, folds=folds, probes={}, records={}, **scale_and_bias(model))

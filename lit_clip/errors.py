@@ -104,3 +104,11 @@ class BadSample(InputError):  # noqa: N818  # named for the sample
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
         return type(self), (self.where, self.reason, self.detail)
+
+
+def unreadable_image(error: Exception, where: str) -> InputError:
+    """Return the error for an unreadable image: ours unchanged, a decoder's or transform's with its place."""
+    if isinstance(error, InputError):
+        return error
+    words = str(error).partition("\n")[0] or type(error).__name__
+    return BadSample(where, "broken image", f"cannot be read ({words})")

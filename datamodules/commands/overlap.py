@@ -22,7 +22,6 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
-from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
@@ -207,7 +206,7 @@ def _searched(
     for name, each in opened.items():
         images, size = each.images, len(each.images)
         parts = _parts(cache, "set", *stamp[:2], type(images).__qualname__, images.stamp(), size)
-        bad = encode_images(clip, SetRows(images), parts, settings, f"images of {name}", images.several)
+        bad = encode_images(clip, images, parts, settings, f"images of {name}", images.several)
         searched[name] = Searched(EncodedImages.joined(parts), [row.message for row in bad], threshold, device)
     parts = _parts(cache, "training", *stamp)
     unreadable = encode_images(clip, SourceRows(source), parts, settings, "training images")

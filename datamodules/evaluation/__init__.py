@@ -24,28 +24,11 @@ from .webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDat
 
 __all__ = ["AROOrder", "AROVisualGenome", "MMVPVLM", "SugarCrepe", "WinoGAViL", "Winoground"]
 __all__ += ["CelebAIdentities", "FER2013", "FERPlus", "FairFace", "ImageNetVidRobust", "YTBBRobust"]
-__all__ += [
-    "BabelImageNet",
-    "Crossmodal3600",
-    "ImageNet",
-    "ImageNetFolders",
-    "ObjectNet",
-    "TranslatedImageNet",
-    "XTD10",
-]
-__all__ += ["COCO", "CaptionedPairs", "Flickr30k", "GroupedPairs", "QueriesAndDocuments"]
+__all__ += ["BabelImageNet", "ImageNet", "ImageNetFolders", "ObjectNet", "TranslatedImageNet"]
+__all__ += ["COCO", "CaptionedPairs", "Crossmodal3600", "Flickr30k", "GroupedPairs", "QueriesAndDocuments", "XTD10"]
 __all__ += ["COCOInstances", "ImageGrids", "LabelledTable", "LocatedImages", "MaskedFiles", "VOCBoxes"]
-__all__ += [
-    "Birdsnap",
-    "CLEVRCounts",
-    "Digits",
-    "Flowers102",
-    "IIIT5K",
-    "KITTI",
-    "SVHNNumbers",
-    "StanfordCars",
-    "VOC2007",
-]
+__all__ += ["Birdsnap", "CLEVRCounts", "Digits", "Flowers102", "IIIT5K", "KITTI"]
+__all__ += ["SVHNNumbers", "StanfordCars", "VOC2007"]
 __all__ += ["CIFAR10", "CIFAR100", "Kinetics700", "MNIST", "PCam", "RareAct", "STL10", "UCF101"]
 __all__ += ["WebDataset", "WebDatasetCaptions", "WebDatasetGroups", "WebDatasetMultiLabel"]
 # pyright: reportUnsupportedDunderAll = false

@@ -83,7 +83,7 @@ class MaskedFiles(UnlabelledFiles, Masked):
         for given in (self.class_names, [name for group in self.synonyms for name in group]):
             twice = [repr(name) for name, count in Counter(map(str.casefold, given)).items() if count > 1]
             require(not twice, f"classes, background: {', '.join(twice)} is named more than once; name each once")
-        self._short_side = short_side
+        self.resized = short_side
         self._values = list(range(first, first + len(self.synonyms))) if values is None else values
         self._ignored = list({255}.difference(self._values)) if ignored is None else ignored
         _check_values(self._values, self._ignored, self.class_names)
@@ -112,9 +112,6 @@ class MaskedFiles(UnlabelledFiles, Masked):
             value = int(stored[labels_HW == UNKNOWN][0])
             raise InputError(f"{path}: the value {value} is no class's; correct first or values, or add it to ignored")
         return labels_HW
-
-    def short_side(self, image_size: int) -> int:
-        return super().short_side(image_size) if self._short_side is None else self._short_side
 
     def truth_stamp(self) -> str:
         stamp = stamp_of_files(path for path in self._files if os.path.isfile(path))
@@ -148,13 +145,10 @@ class BoxedFiles(UnlabelledFiles, Boxed):
         self.class_names = class_names
         self._boxes = boxes
         self.tolerance = tolerance
-        self._short_side = short_side
+        self.resized = short_side
 
     def boxes(self, index: int) -> Boxes:
         return list(self._boxes[index])
-
-    def short_side(self, image_size: int) -> int:
-        return super().short_side(image_size) if self._short_side is None else self._short_side
 
     def truth_stamp(self) -> str:
         return hex_digest([self._boxes, self.tolerance])

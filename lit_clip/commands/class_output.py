@@ -184,7 +184,7 @@ class Judge:
         write_confusions(stem.with_name(f"{stem.name}_confusions.csv"), counts, self.names)
         for name, value in computed.arrays.items():
             write_array(stem.with_name(f"{stem.name}_{name}"), value, self.names)
-        lines, found = self._lines(truth, prediction, computed), confusion_entries(truth, prediction, self.names)
+        lines, found = self._lines(truth, prediction, computed), confusion_entries(counts, self.names)
         confused = [f"confused: {own} taken for {other}, {count} times" for own, other, count in found["confusions"]]
         for line in lines + confused[:3]:
             stderr().print(f"{self.group}: {line}" if self.group else line, highlight=False, soft_wrap=True)

@@ -13,7 +13,6 @@ from lit_clip.embedding.encode import Encoding, check_complete
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.reading import UnreadableRow, encoded_batches, image_features
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.targets import accuracies, classification_counts
 from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -146,7 +145,7 @@ def evaluate_line(
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
         settings, unreadable = (encoding.batch_size, encoding.workers), list[UnreadableRow]()
-        for batch, features in encoded_batches(model, SetRows(images), *settings, encode=encode, title=name):
+        for batch, features in encoded_batches(model, images, *settings, encode=encode, title=name):
             for bad in batch.unreadable:
                 require(encoding.on_error == "skip", or_skip(f"{name}: {bad.message}", "--on_error skip"))
             unreadable += batch.unreadable

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import BadSample, InputError, require, unreadable_image
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
@@ -58,14 +58,6 @@ def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     """Cut rows into batches, in their order."""
     require(1 <= batch_size < 2**31, f"--batch_size {batch_size} must be at least 1 and less than 2**31")
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def unreadable_image(error: Exception, where: str) -> InputError:
-    """Return the error for an unreadable image: ours unchanged, a decoder's or transform's with its place."""
-    if isinstance(error, InputError):
-        return error
-    words = str(error).partition("\n")[0] or type(error).__name__
-    return BadSample(where, "broken image", f"cannot be read ({words})")
 
 
 class ImageBatches(Dataset[EncoderBatch]):

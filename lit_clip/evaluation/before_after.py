@@ -16,7 +16,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.evaluation.intervals import Interval, UnitScores
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.retrieval.metrics import PairIndices, pair_scores, retrieval_ranks, similarities
-from lit_clip.retrieval.retrieval_set import token_hashes
+from lit_clip.retrieval.retrieval_set import distinct_pairs, token_hashes
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.untrusted import convert, entries
 
@@ -87,9 +87,7 @@ def gather_pairs(
     keys, hashes, captions = zip(*distributed.gather_objects(rows), strict=True)
     names, first_I, image_N = np.unique(np.array(keys), return_index=True, return_inverse=True)
     _, first_T, text_N = np.unique(np.array(hashes), return_index=True, return_inverse=True)
-    code, count = np.unique(text_N * len(names) + image_N, return_counts=True)
-    text, image = np.divmod(code, len(names))
-    pairs = PairIndices(*map(torch.from_numpy, (image, text, count, 0 * count))).to(image_ND.device)
+    pairs = distinct_pairs(image_N, text_N).to(image_ND.device)
     texts = [captions[row] for row in first_T]
     return PairFeatures(names.tolist(), texts, image_ND[first_I.tolist()], text_ND[first_T.tolist()], pairs)
 

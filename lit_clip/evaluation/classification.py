@@ -130,7 +130,7 @@ def all_targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
     """Return the truth about all images of a split, including those without features."""
     of_another_set = fold.classes is not None and split != "test"
     in_use = len(opened.prompts.names) if opened.prompts and not of_another_set else None  # may differ from the set's
-    return Targets.of(fold.images[split], None, in_use)
+    return Targets.of(fold.images[split], in_use)
 
 
 def targets_of(opened: OpenSet, fold: Fold, split: str) -> Targets:
@@ -257,7 +257,7 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
         counts = confusion_counts(columns["truth"], columns["prediction"], len(names))
         write_confusions(path, counts, names)
         files.append(path)
-        result |= confusion_entries(columns["truth"], columns["prediction"], names)
+        result |= confusion_entries(counts, names)
         if task == "zero_shot":
             result["errors"] = _errors(opened, scores, targets, folder)
     elif targets.relevance is not None and bool((targets.relevance == 1).any()):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, require, unreadable_image
 
 Box = tuple[float, float, float, float]  # left, top, right and bottom edge, in pixels
 
@@ -67,6 +67,16 @@ class ImageSet(ABC):
 
         The unit-length features of several images are averaged, so the logits are the mean of the frames' logits.
         """
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        """Return an item's key and images, as :class:`lit_clip.embedding.reading.ImageRows`; errors name the key."""
+        key = self.key(row)
+        try:
+            return key, self.images(row)
+        except MemoryError:
+            raise
+        except Exception as error:  # for a broken file decoders raise anything
+            raise unreadable_image(error, key) from error
 
     def image_paths(self) -> Sequence[Path]:
         """Return the files of the images, each once; empty if they are not in files."""
@@ -190,10 +200,11 @@ class Localised(ABC):
 
     class_names: list[str]  # in label order
     synonyms: list[list[str]] | None = None  # names of each class, which is where one of them is nearest; None: one
+    resized: int | None = None  # pixels of an image's short side; None: twice the model's image size
 
     def short_side(self, image_size: int) -> int:
         """Return the pixels to resize an image's short side to, for a model's image size."""
-        return 2 * image_size
+        return 2 * image_size if self.resized is None else self.resized
 
     @abstractmethod
     def truth_stamp(self) -> str:

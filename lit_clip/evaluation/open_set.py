@@ -10,10 +10,10 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.caption_choice import EncodedChoices
 from lit_clip.evaluation.data import ImageSet, LabelledImages, check_classes
 from lit_clip.evaluation.document_retrieval import EncodedDocuments
-from lit_clip.evaluation.places import PlaceRecords, PlaceTask, PlaceTexts
+from lit_clip.evaluation.places import PlaceTask, PlaceTexts
 from lit_clip.evaluation.probe import Classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of
-from lit_clip.evaluation.set_encoding import SetFeatures
+from lit_clip.evaluation.set_encoding import SetFeatures, SetValues
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
@@ -26,12 +26,12 @@ EncodeTexts = Callable[[Prompts], Tensor]  # -> their classifier [D, C]; all ran
 class Encoder(NamedTuple):
     """Functions that encode a set for its tasks; all ranks call them in the same order. Titles are for messages.
 
-    ``records`` takes a set, its task, what identifies the texts, and a title; only the first rank needs the result.
+    ``records`` takes a set, its task, what identifies the texts, and a title.
     """
 
     features: Callable[[ImageSet, str], SetFeatures]
     classifier: EncodeTexts
-    records: Callable[[ImageSet, PlaceTask, str, str], PlaceRecords | None]
+    records: Callable[[ImageSet, PlaceTask, str, str], SetValues]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class OpenSet:
     documents: EncodedDocuments | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
     places: PlaceTexts | None = None
-    records: dict[Task, PlaceRecords] = field(default_factory=dict)  # of tasks that compare places
+    records: dict[Task, SetValues] = field(default_factory=dict)  # of tasks that compare places
 
     @property
     def test(self) -> ImageSet:

@@ -24,9 +24,7 @@ from lit_clip.embedding.parts import Arrays
 from lit_clip.embedding.reading import Batches, EncoderBatch, ImageBatches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, Localised
-from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import to_rgb, windowed
 from lit_clip.models.size import height_width
 
@@ -41,14 +39,6 @@ class PlaceTexts(NamedTuple):
 
     features: Tensor
     classes: Tensor
-
-
-class PlaceRecords(NamedTuple):
-    """A task's records of a set's images."""
-
-    values: np.ndarray  # int64 [K, 1 + m]: the image's row, then the task's numbers; any number of records an image
-    rows: list[int]  # the images that could be read, ascending
-    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 class Recorder(NamedTuple):
@@ -121,28 +111,6 @@ def window_cosines(model: CLIP, pixels: Tensor, features_DM: Tensor, window: Win
     return total / windows
 
 
-class _WholeImages(ImageBatches):
-    """Batches of one resized image, uint8 ``[1, 3, H, W]``, with the truth about it as ``texts``."""
-
-    def __init__(
-        self,
-        images: ImageSet,
-        batches: Batches,
-        preprocessing: Preprocessing,
-        window: Window,
-        truth: Callable[[Any, int, Size], Any],
-        stop: Path | None,
-    ) -> None:
-        super().__init__(SetRows(images), batches, preprocessing, partial(_truth_of, images, truth), stop)
-        resize = partial(_resized, window=window, filter=Image.Resampling[preprocessing.interpolation.upper()])
-        first = v2.Lambda(partial(windowed, config=preprocessing))
-        self.transform = v2.Compose([first, v2.Lambda(resize), v2.Lambda(to_rgb), v2.PILToTensor()])
-
-    def __getitem__(self, index: int) -> EncoderBatch:
-        batch = super().__getitem__(index)
-        return batch._replace(texts=batch.notes, notes=[])
-
-
 def _truth_of(images: ImageSet, truth: Callable[[Any, int, Size], Any], row: int, name: str, image: Image.Image) -> Any:
     return truth(images, row, image.size)
 
@@ -163,7 +131,8 @@ class PlaceTask(RowTask):
         """Return the records of a batch of one image, int64 ``[K, m]``."""
         if batch.inputs is None:
             return torch.empty(0, device=device)
-        return self.record(self.encode(batch.inputs.to(device)), batch.texts[0])
+        truth = batch.notes.pop()  # it may be large, and finished batches wait to be written
+        return self.record(self.encode(batch.inputs.to(device)), truth)
 
     def part(self, finished: Finished) -> Arrays:
         return records_arrays([(batch.rows[0], values) for batch, values in finished])
@@ -178,10 +147,15 @@ def records_arrays(of_images: Sequence[tuple[int, np.ndarray]]) -> dict[str, np.
 def place_task(model: CLIP, images: ImageSet, texts: PlaceTexts, recorder: Recorder) -> PlaceTask:
     """Create the task of recording a set, which must be :class:`lit_clip.evaluation.data.Localised`."""
     assert isinstance(images, Localised)
-    window = window_of(model, images)
+    window, preprocessing = window_of(model, images), model.preprocessing
+    resize = partial(_resized, window=window, filter=Image.Resampling[preprocessing.interpolation.upper()])
+    first = v2.Lambda(partial(windowed, config=preprocessing))
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
-        return _WholeImages(images, batches, model.preprocessing, window, recorder.truth, stop)
+        """Return batches of one resized image, uint8 ``[1, 3, H, W]``, with the truth about it as its note."""
+        whole = ImageBatches(images, batches, preprocessing, partial(_truth_of, images, recorder.truth), stop)
+        whole.transform = v2.Compose([first, v2.Lambda(resize), v2.Lambda(to_rgb), v2.PILToTensor()])
+        return whole
 
     return PlaceTask(
         range(len(images)),

@@ -27,6 +27,7 @@ from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading, write_csv
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
+Counts = list[tuple[int, int, int]]  # true class, predicted class, and how many images or pixels
 PART = 2**22  # probabilities computed at once
 WHOLE = 2**23  # probabilities; a file with at most so many has those of all classes (32 MiB), others of the top ones
 TOP = 10  # classes
@@ -189,42 +190,36 @@ def _inside(folder: Path, name: str) -> Path | None:
     return path if path.is_relative_to(within) else None
 
 
-def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (true class, predicted class, images) for each pair with images, most frequent first.
+def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> Counts:
+    """Return (true class, predicted class, images) for each pair with images, most frequent first.
 
     Equally frequent pairs are in the order of the classes. torchmetrics' matrix needs ``[C, C]``, this one O(N).
     """
     known = prediction_N >= 0
     codes, counts = np.unique(truth_N[known].astype(np.int64) * classes + prediction_N[known], return_counts=True)
-    for place in (-counts).argsort(kind="stable").tolist():
-        code = int(codes[place])
-        yield code // classes, code % classes, int(counts[place])
+    order = (-counts).argsort(kind="stable")
+    truth, prediction = np.divmod(codes[order], classes)
+    return list(zip(truth.tolist(), prediction.tolist(), counts[order].tolist(), strict=True))
 
 
-def confusion_matrix(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> np.ndarray:
+def confusion_matrix(counts: Counts, classes: int) -> np.ndarray:
     """Return the number of images by true class (rows) and predicted class (columns), int64 ``[C, C]``."""
-    return _matrix(confusion_counts(truth_N, prediction_N, classes), classes)
-
-
-def _matrix(counts: Iterable[tuple[int, int, int]], classes: int) -> np.ndarray:
     matrix = np.zeros((classes, classes), dtype=np.int64)
     for truth, prediction, count in counts:
         matrix[truth, prediction] = count
     return matrix
 
 
-def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def confusion_entries(counts: Counts, names: Sequence[str]) -> dict[str, Any]:
     """Return entries for a page: the most confused pairs, and the matrix if there are few classes."""
-    pairs = [each for each in confusion_counts(truth_N, prediction_N, len(names)) if each[0] != each[1]][:PAIRS]
+    pairs = [each for each in counts if each[0] != each[1]][:PAIRS]
     found: dict[str, Any] = {"confusions": [(names[truth], names[other], count) for truth, other, count in pairs]}
     if len(names) <= TABLE:
-        found["confusion_matrix"] = confusion_matrix(truth_N, prediction_N, len(names)).tolist()
+        found["confusion_matrix"] = confusion_matrix(counts, len(names)).tolist()
     return found
 
 
-def write_confusions(
-    path: Path, counts: Iterable[tuple[int, int, int]], names: Sequence[str], unit: str = "images"
-) -> None:
+def write_confusions(path: Path, counts: Counts, names: Sequence[str], unit: str = "images") -> None:
     """Write the whole matrix of :func:`confusion_counts` as CSV, with one row per true class.
 
     Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
@@ -233,5 +228,5 @@ def write_confusions(
         pairs = ((names[truth], names[prediction], count) for truth, prediction, count in counts)
         write_csv(path, [("truth", "prediction", unit), *pairs])
     else:
-        matrix = _matrix(counts, len(names)).tolist()
+        matrix = confusion_matrix(counts, len(names)).tolist()
         write_csv(path, [("truth", *names), *((name, *row) for name, row in zip(names, matrix, strict=True))])

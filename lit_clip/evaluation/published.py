@@ -121,11 +121,6 @@ def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
     return {peer: figures for (*key, peer), figures in _figures().items() if tuple(key) == wanted}
 
 
-def same_set(name: str, other: str) -> bool:
-    """Return whether two names mean the same set of the paper, ignoring case, punctuation and aliases."""
-    return bool(name) and _set(name) == _set(other)
-
-
 def papers_sets() -> dict[str, str]:
     """Return the metric of each of the paper's 27 sets (tables 9 to 11)."""
     return {name: _metric(name) for name in _data()["tables"][0]["sets"]}
@@ -142,8 +137,8 @@ def datacomp_groups() -> dict[str, dict[str, str]]:
 
 
 def canonical_set(name: str) -> str:
-    """Return the set of :func:`papers_sets` that a name means, or an empty text."""
-    return next((known for known in papers_sets() if same_set(name, known)), "")
+    """Return the set of :func:`papers_sets` that a name means, in any case or by an alias; empty for none."""
+    return next((known for known in papers_sets() if name and _set(name) == _set(known)), "")
 
 
 def disagreements() -> list[str]:

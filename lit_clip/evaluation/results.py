@@ -116,27 +116,24 @@ class Results:
         None if there is none, or if one of its files is gone, or its file of predictions is another run's.
         """
         saved = self._saved(name).get(task)
-        if not isinstance(saved, dict) or saved.get("key") != key:
+        if saved is None or saved["key"] != key:
             return None
-        try:
-            convert(saved.get("result"), _TASK, "result")
-        except InputError:  # damaged
+        result: dict[str, Any] = saved["result"]
+        if not all((self.folder / file).is_file() for file in result.get("files", [])):
             return None
-        if not all((self.folder / file).is_file() for file in saved["result"].get("files", [])):
-            return None
-        kept = saved["result"].get("predictions")
-        if kept is None:
-            return saved["result"]
-        path, known = self.folder / kept, saved["result"].get("predictions_sha256")
-        return saved["result"] if path.is_file() and sha256_of_file(path) == known else None
+        if "predictions" not in result:
+            return result
+        path, known = self.folder / result["predictions"], result.get("predictions_sha256")
+        return result if path.is_file() and sha256_of_file(path) == known else None
 
     def _saved(self, name: str) -> Mapping[str, Any]:
         """Return the saved results of a set, by task; empty if there is no file or it is damaged."""
         try:
             saved = read_json(self._file(name))
+            convert(saved, _SAVED)
         except InputError:
             return {}
-        return saved if isinstance(saved, dict) else {}
+        return saved
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
         self.sets[name]["tasks"][task] = dict(result)
@@ -188,6 +185,7 @@ _TASK = entries(
         "iou": list[tuple[str, object, object, Count]],
     }
 )
+_SAVED = dict[str, entries({"key": str, "result": _TASK}, total=True)]  # the results of a set by task
 _SPLIT = entries({"images": Count, "absent": Count, "skipped": list[tuple[str, str]]})
 _SET = entries(
     {

@@ -22,8 +22,9 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import Boxed, ImageSet, Localised, Masked
 from lit_clip.evaluation.intervals import DRAWS, Interval, UnitScores
 from lit_clip.evaluation.overlap import CONFIDENCE
-from lit_clip.evaluation.places import PlaceRecords, Size
+from lit_clip.evaluation.places import Size
 from lit_clip.evaluation.predictions import write_confusions
+from lit_clip.evaluation.set_encoding import SetValues
 from lit_clip.tools.atomic import make_folder
 
 Region = Tensor  # of a class: its boxes, float64 [n, 4], or its mask, bool [H, W]
@@ -95,14 +96,14 @@ class ClassPixels(NamedTuple):
         return self.right.sum(axis=-1) / self.truth.sum(axis=-1)
 
 
-def confusion(records: PlaceRecords, classes: int) -> np.ndarray:
+def confusion(records: SetValues, classes: int) -> np.ndarray:
     """Return pixels by true class (rows) and predicted class (columns; the last is none), int64 ``[C, C + 1]``."""
     pixels = np.zeros(classes * (classes + 1), dtype=np.int64)
     np.add.at(pixels, records.values[:, 1], records.values[:, 2])
     return pixels.reshape(classes, classes + 1)
 
 
-def pixels_by_image(records: PlaceRecords, classes: int) -> ClassPixels:
+def pixels_by_image(records: SetValues, classes: int) -> ClassPixels:
     """Return the pixel counts of each image, ``[N, C]``."""
     place = np.searchsorted(records.rows, records.values[:, 0])
     (truth, prediction), pixels = np.divmod(records.values[:, 1], classes + 1), records.values[:, 2]
@@ -129,7 +130,7 @@ def bootstrap(pixels: ClassPixels) -> dict[str, Interval]:
     return {name: (float(low), float(high)) for name, (low, high) in ends.items() if low < high}
 
 
-def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path | None, stem: str) -> dict[str, Any]:
+def segmentation(records: SetValues, names: Sequence[str], folder: Path | None, stem: str) -> dict[str, Any]:
     """Return the task's entry in ``results.json``; ``iou`` has each class's IoU, recall and pixels.
 
     With a ``folder``, write the pixel matrix to ``stem_confusions.csv`` and compute the intervals.
@@ -153,7 +154,7 @@ def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path | Non
     path = folder / f"{stem}_confusions.csv"
     make_folder(path.parent)
     pairs = np.argwhere(matrix[:, :-1]).tolist()
-    counts = ((truth, prediction, int(matrix[truth, prediction])) for truth, prediction in pairs)
+    counts = [(truth, prediction, int(matrix[truth, prediction])) for truth, prediction in pairs]
     write_confusions(path, counts, names, "pixels")
     files = [path.relative_to(folder).as_posix()]
     return {**result, "intervals": bootstrap(pixels_by_image(records, len(names))), "files": files}
@@ -203,7 +204,7 @@ def queries(cosines_Mhw: Tensor, truth: Truth, classes_M: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
 
 
-def pointing_units(records: PlaceRecords) -> dict[str, UnitScores]:
+def pointing_units(records: SetValues) -> dict[str, UnitScores]:
     """Return the queries' scores by metric, from records of label, hit, and hit of the image's centre."""
     require(len(records.values) > 0, "pointing: no image shows a class")
     label, hit = records.values[:, 1], records.values[:, 2].astype(np.float64)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lit_clip import distributed
@@ -24,7 +23,6 @@ from lit_clip.embedding.reading import (
     UnreadableRow,
     features_of_both_kinds,
     in_batches,
-    unreadable_image,
 )
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
@@ -36,30 +34,11 @@ from lit_clip.tools.workers import loader, workers_for_images
 BATCHES_PER_WORKER = 4  # fewer are read before a worker has started
 
 
-class SetRows:
-    """An evaluation set as :class:`lit_clip.embedding.reading.ImageRows`."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        key = self.images.key(row)
-        try:
-            return key, self.images.images(row)
-        except MemoryError:
-            raise
-        except Exception as error:  # for a broken file decoders raise anything
-            raise unreadable_image(error, key) from error
-
-
 def set_task(model: CLIP, images: ImageSet, title: str = "encoding") -> EncodingTask:
     """Create the task of encoding a set: features before and after the projection (unit length), ``[N, W + D]``."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
-        return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)
+        return ImageBatches(images, batches, model.preprocessing, stop=stop)
 
     rows = [(str(row), 0, 0) for row in range(len(images))]
     return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False, title=title)
@@ -70,6 +49,14 @@ class SetFeatures(NamedTuple):
 
     before: np.ndarray  # float32 [N, W], before the projection
     after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
+    rows: list[int]  # the images that could be read, ascending
+    skipped: list[tuple[str, str]]  # key and message of the others
+
+
+class SetValues(NamedTuple):
+    """What was computed of a set's images: features, or a task's records of places."""
+
+    values: np.ndarray  # float32 [N, W + D]; or int64 [K, 1 + m], records: the image's row, then the task's numbers
     rows: list[int]  # the images that could be read, ascending
     skipped: list[tuple[str, str]]  # key and message of the others
 

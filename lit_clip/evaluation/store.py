@@ -1,13 +1,12 @@
-"""Store a set's image features and place records on disk; any number of processes compute them once.
+"""Store what is computed of a set's images on disk; any number of processes compute it once.
 
-Shapes: N images that could be read, W features before the projection, D after it.
+Shapes: N images that could be read, W features before the projection, D after it, K records of m numbers.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,12 +17,12 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.image_files import image_file
-from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, JudgedDocuments, PartOf
-from lit_clip.evaluation.places import PlaceRecords, PlaceTask
-from lit_clip.evaluation.set_encoding import SetFeatures, set_task
+from lit_clip.evaluation.places import PlaceTask
+from lit_clip.evaluation.set_encoding import SetFeatures, SetValues, set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.models.fingerprint import fingerprint
 from lit_clip.secrets import without_secrets
@@ -32,8 +31,11 @@ from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
 from lit_clip.tools.reading import check_is_file, read_json, reading
 
-ARRAYS = ("before", "after")
+VALUES, CONTENT = "values.npy", "content.json"  # the files of a folder
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
+Work = Callable[[Parts], list[UnreadableRow] | None]  # make this rank's parts; see encode
+Write = Callable[[Path, Parts, Sequence[int]], None]  # join them in a file, in the order of the rows
+GONE = "features are gone; another run with the same cache has ended meanwhile"
 
 
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
@@ -50,7 +52,7 @@ def _hashes_of_files(images: ImageSet) -> np.ndarray:
 
 
 class FeatureStore:
-    """Features of image sets, in a folder, from a model with fixed weights.
+    """Features and place records of image sets, in a folder each, from a model with fixed weights.
 
     An image file of several sets is encoded for the first of them.
     """
@@ -60,7 +62,7 @@ class FeatureStore:
         self.fingerprint = fingerprint(model)
         self.settings_text = f"{self.fingerprint.model} {settings.precision}"
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
-        self._whole: set[Path] = set()  # whose checksums this process has compared
+        self._whole: set[Path] = set()  # whose digests this process has compared
         self._hashes: dict[Path, np.ndarray] = {}  # of the files of this run's sets, in the order of their features
 
     def path(self, images: ImageSet) -> Path:
@@ -76,31 +78,26 @@ class FeatureStore:
 
     def features(self, images: ImageSet, title: str) -> SetFeatures:
         """Return a set's features, computed unless stored; all ranks call this in the same order."""
-        self.compute(images, title)
-        return self.read(images)
-
-    def compute(self, images: ImageSet, title: str) -> None:
-        """Compute the features for :meth:`read`, unless stored; all ranks call this in the same order."""
-        if not len(images) and isinstance(images, JudgedDocuments):
-            return
-        require(len(images) > 0, f"{title}: the set is empty")
         if isinstance(images, PartOf):
-            self.compute(images.whole, title)
-            return
+            return _part(images, self.features(images.whole, title))
+        width = self.model.config.embed_dim
+        if not len(images) and isinstance(images, JudgedDocuments):  # of texts alone
+            nothing = np.empty((0, width), np.float32)
+            return SetFeatures(nothing, nothing, [], [])
+        require(len(images) > 0, f"{title}: the set is empty")
         path, first = self.path(images), distributed.rank_and_world()[0] == 0
         hashes = _hashes_of_files(images) if first else np.zeros(0)
-        if distributed.maximum(int(not self._finished(path, len(images)))):
-            task = set_task(self.model, images, title)
 
-            def encode_set(parts: Parts) -> list[UnreadableRow] | None:
-                if first:
-                    self._take_over(hashes, parts, title)
-                distributed.maximum(0)  # wait for it
-                return encode(self.model, task, parts, self.settings)
+        def encode_set(parts: Parts) -> list[UnreadableRow] | None:
+            if first:
+                self._take_over(hashes, parts, title)
+            distributed.maximum(0)  # wait for it
+            return encode(self.model, set_task(self.model, images, title), parts, self.settings)
 
-            self._share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
+        stored = self._made(path, images, encode_set, _write_features, title)
         if first:
-            self._hashes[path] = hashes[self.read(images).rows]
+            self._hashes[path] = hashes[stored.rows]
+        return SetFeatures(stored.values[:, :-width], stored.values[:, -width:], stored.rows, stored.skipped)
 
     def _take_over(self, hashes: np.ndarray, parts: Parts, title: str) -> None:
         """Add to ``parts`` the features of image files that another set of this run contains."""
@@ -108,38 +105,35 @@ class FeatureStore:
             shared, rows, places = np.intersect1d(hashes, others, return_indices=True)
             rows, places = rows[shared != 0], places[shared != 0]
             if len(rows):
-                both = [np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)[places] for name in ARRAYS]
-                identities = [(str(row), 0, 0) for row in rows.tolist()]
-                parts.add(FeatureTable(identities, np.concatenate(both, axis=1)).arrays(), int(rows[0]))
+                features = np.load(path / VALUES, mmap_mode="r", allow_pickle=False)[places]
+                parts.add(FeatureTable([(str(row), 0, 0) for row in rows.tolist()], features).arrays(), int(rows[0]))
                 stderr().print(f"{title}: {len(rows):,} of {len(hashes):,} images are encoded already, for another set")
 
-    def places(self, images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords | None:
-        """Return a task's records, computed unless stored; all ranks call this, and only the first gets them.
+    def places(self, images: ImageSet, task: PlaceTask, texts: str, title: str) -> SetValues:
+        """Return a task's records, computed unless stored; all ranks call this in the same order.
 
         ``texts`` are the task and the texts that the images are compared with.
         """
-        key = hex_digest([PLACES, texts, self.path(images).name, *task.settings])
-        path, first = self.folder / f"{key}.npz", distributed.rank_and_world()[0] == 0
-        known = load_arrays(path, self.settings_text, _records) if first else None
-        missing = first and (known is None or bool(known.skipped and self.settings.on_error == "error"))
-        if not distributed.maximum(int(missing)):
-            return known
+        path = self.folder / hex_digest([PLACES, texts, self.path(images).name, *task.settings])
 
         def record(parts: Parts) -> list[UnreadableRow] | None:
             return encode(self.model, replace(task, title=title), parts, self.settings)
 
-        parts = Parts(path, f"{self.settings_text} {key}")
-        self._share(parts, record, partial(_join_records, parts, images, self.settings_text), title)
-        return load_arrays(path, self.settings_text, _records) if first else None
+        return self._made(path, images, record, _write_records, title)
 
-    def _share(
-        self,
-        parts: Parts,
-        work: Callable[[Parts], list[UnreadableRow] | None],
-        join: Callable[[Sequence[UnreadableRow]], None],
-        title: str,
-    ) -> None:
-        """Make parts on all ranks and join them on the first; an error on one rank ends the work on all."""
+    def _made(self, path: Path, images: ImageSet, work: Work, write: Write, title: str) -> SetValues:
+        """Return what a folder stores; unless it is there, all ranks make its parts and the first one joins them.
+
+        An error on one rank ends the work on all.
+        """
+        if distributed.maximum(int(not self._finished(path, len(images)))):
+            self._make(Parts(path, self.settings_text), images, work, write, title)
+        stored = self._stored(path, len(images))
+        if stored is None:
+            raise InputError(f"{path}: features are gone; run the command again")
+        return stored
+
+    def _make(self, parts: Parts, images: ImageSet, work: Work, write: Write, title: str) -> None:
         error = unreadable = None
         try:
             make_folder(parts.output.parent)
@@ -152,46 +146,21 @@ class FeatureStore:
                 raise RuntimeError("a process has to leave the others") from error
         try:
             if unreadable is not None:
-                join(unreadable)
+                self._join(parts, images, unreadable, write)
         except InputError as raised:
             error = raised
-        if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
+        if distributed.maximum(int(error is not None)):  # a barrier, too: the file is there afterwards
             raise error or InputError(f"{title}: see the error of another process")
 
-    def _finished(self, path: Path, size: int) -> bool:
-        """Return whether all features are stored, except for unreadable images that may be skipped."""
-        stored = self._stored(path, size)
-        return stored is not None and (not stored.skipped or self.settings.on_error == "skip")
-
-    def _stored(self, path: Path, size: int) -> SetFeatures | None:
-        """Read the features of a set of ``size`` images; None if they are missing or damaged."""
-        try:
-            with reading(path, "folder of features"):
-                content = read_json(path / "content.json")
-                skipped = {int(row): (str(key), str(reason)) for row, key, reason in content["skipped"]}
-                for name in ARRAYS:
-                    check_is_file(path / f"{name}.npy")
-                    if path not in self._whole and content[name] != sha256_of_file(path / f"{name}.npy"):
-                        raise ValueError(f"{name}.npy has other values")
-                self._whole.add(path)
-                before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
-        except InputError:
-            return None
-        rows = [row for row in range(size) if row not in skipped]
-        whole = after.shape[1:] == (self.model.config.embed_dim,) and all(
-            array.ndim == 2 and array.dtype == np.float32 and len(array) == len(rows) for array in (before, after)
-        )
-        return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
-
-    def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
-        size, parts = len(images), Parts(path, self.settings_text)
+    def _join(self, parts: Parts, images: ImageSet, unreadable: Sequence[UnreadableRow], write: Write) -> None:
+        path, size = parts.output, len(images)
         skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
             with replacing_folder(path) as draft:
-                self._write_arrays(draft, parts, sorted(set(range(size)) - {row for row, _, _ in skipped}))
-                content = {name: sha256_of_file(draft / f"{name}.npy") for name in ARRAYS}
-                (draft / "content.json").write_text(json.dumps({**content, "skipped": skipped}), encoding="utf-8")
+                write(draft / VALUES, parts, sorted(set(range(size)) - {row for row, _, _ in skipped}))
+                content = {"digest": _digest(draft / VALUES, skipped), "skipped": skipped}
+                (draft / CONTENT).write_text(json.dumps(content), encoding="utf-8")
                 if not self._finished(path, size):  # another run may have been quicker
                     remove(path)
         except InputError:
@@ -200,39 +169,55 @@ class FeatureStore:
         remove_drafts(path)
         parts.remove()
 
-    def _write_arrays(self, folder: Path, parts: Parts, rows: Sequence[int]) -> None:
-        place = {row: number for number, row in enumerate(rows)}
-        arrays: list[Any] = []
-        filled = np.zeros(len(rows), dtype=bool)
-        for table in parts.read(FeatureTable.of):
-            columns = np.split(table.features, [-self.model.config.embed_dim], axis=1)
-            numbers = [place[int(key)] for key, _, _ in table.identities]
-            filled[numbers] = True
-            for name, values in zip(ARRAYS[len(arrays) :], columns, strict=False):
-                file, shape = folder / f"{name}.npy", (len(rows), values.shape[1])
-                arrays.append(np.lib.format.open_memmap(file, "w+", np.float32, shape))
-                if hasattr(os, "posix_fallocate"):  # not on macOS; without it a full disk ends the process
-                    with file.open("r+b") as opened:
-                        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-            for array, values in zip(arrays, columns, strict=True):
-                array[numbers] = values
-        message = "features are gone; another run with the same cache has ended meanwhile"
-        require(bool(filled.all()), f"{self.folder}: {message}")
-        for array in arrays:
-            array.flush()
+    def _finished(self, path: Path, size: int) -> bool:
+        """Return whether all images are stored, except for unreadable ones that may be skipped."""
+        stored = self._stored(path, size)
+        return stored is not None and (not stored.skipped or self.settings.on_error == "skip")
 
-    def read(self, images: ImageSet) -> SetFeatures:
-        """Return the features that :meth:`compute` stored."""
-        if isinstance(images, PartOf):
-            return _part(images, self.read(images.whole))
-        if not len(images):  # documents of texts alone
-            nothing = np.empty((0, self.model.config.embed_dim), np.float32)
-            return SetFeatures(nothing, nothing, [], [])
-        path = self.path(images)
-        stored = self._stored(path, len(images))
+    def _stored(self, path: Path, size: int) -> SetValues | None:
+        """Read what is stored of a set of ``size`` images; None if it is missing or damaged."""
+        try:
+            with reading(path, "folder of features"):
+                content = read_json(path / CONTENT)
+                check_is_file(path / VALUES)
+                if path not in self._whole and content["digest"] != _digest(path / VALUES, content["skipped"]):
+                    raise ValueError("it has other values")
+                self._whole.add(path)
+                skipped = {row: (key, message) for row, key, message in content["skipped"]}
+                values = np.lib.format.open_memmap(path / VALUES, mode="r")
+        except InputError:
+            return None
+        return SetValues(values, [row for row in range(size) if row not in skipped], list(skipped.values()))
+
+
+def _digest(file: Path, skipped: Sequence[Sequence[Any]]) -> str:
+    return hex_digest([sha256_of_file(file), json.dumps(skipped)])
+
+
+def _write_features(file: Path, parts: Parts, rows: Sequence[int]) -> None:
+    """Write the features of all parts in the order of the rows, ``[N, W + D]``."""
+    place = {row: number for number, row in enumerate(rows)}
+    stored: Any = None
+    filled = np.zeros(len(rows), dtype=bool)
+    for table in parts.read(FeatureTable.of):
         if stored is None:
-            raise InputError(f"{path}: features are gone; run the command again")
-        return stored
+            stored = np.lib.format.open_memmap(file, "w+", np.float32, (len(rows), table.features.shape[1]))
+            if hasattr(os, "posix_fallocate"):  # not on macOS; without it a full disk ends the process
+                with file.open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        numbers = [place[int(key)] for key, _, _ in table.identities]
+        filled[numbers] = True
+        stored[numbers] = table.features
+    require(bool(filled.all()), f"{parts.output.parent}: {GONE}")
+    stored.flush()
+
+
+def _write_records(file: Path, parts: Parts, rows: Sequence[int]) -> None:
+    """Write the records of all parts in the order of the rows, ``[K, 1 + m]``."""
+    found = list(parts.read(dict))
+    require(sum(len(arrays["rows"]) for arrays in found) == len(rows), f"{parts.output.parent}: {GONE}")
+    values = np.concatenate([arrays["values"] for arrays in found])
+    np.save(file, values[values[:, 0].argsort(kind="stable")])
 
 
 def _part(images: PartOf, whole: SetFeatures) -> SetFeatures:
@@ -242,22 +227,3 @@ def _part(images: PartOf, whole: SetFeatures) -> SetFeatures:
     own = {images.whole.key(row) for row in images.rows} if whole.skipped else set()
     skipped = [(key, reason) for key, reason in whole.skipped if key in own]
     return SetFeatures(whole.before[numbers], whole.after[numbers], rows, skipped)
-
-
-def _join_records(parts: Parts, images: ImageSet, settings: str, unreadable: Sequence[UnreadableRow]) -> None:
-    """Write the records of all parts to one file."""
-    require(len(unreadable) < len(images), f"none of {len(images)} images could be read")
-    found = list(parts.read(dict))
-    values = np.concatenate([arrays["values"] for arrays in found])
-    rows = np.sort(np.concatenate([arrays["rows"] for arrays in found]))
-    whole = len(rows) + len(unreadable) == len(images)
-    require(whole, f"{parts.output}: records are gone; another run with the same cache has ended meanwhile")
-    skipped = json_array([(images.key(bad.row), bad.message) for bad in unreadable])
-    order = values[:, 0].argsort(kind="stable")
-    save_arrays(parts.output, settings, {"rows": rows, "values": values[order], "skipped": skipped})
-    parts.remove()
-
-
-def _records(arrays: Mapping[str, np.ndarray]) -> PlaceRecords:
-    skipped = [(str(key), str(reason)) for key, reason in json_value(arrays["skipped"])]
-    return PlaceRecords(arrays["values"], arrays["rows"].tolist(), skipped)

@@ -5,7 +5,7 @@ with NaN scores as any other; here a tie goes to the class with the lowest numbe
 the result does not depend on how images are divided among ranks or chunks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,19 +88,6 @@ class Targets(Truth):
     labels: Tensor
     classes: int
 
-    def __post_init__(self) -> None:
-        check_labels(self.labels, self.classes, lambda row: f"row {row}")
-        if self.relevance is not None and self.relevance.shape != (len(self), self.classes):
-            shape = "x".join(map(str, self.relevance.shape))
-            raise InputError(
-                f"relevance: the shape is {shape}, but there are {len(self)} images and {self.classes} classes"
-            )
-        for name in ("accepted", "candidates", "coordinates"):
-            value = getattr(self, name)
-            require(
-                value is None or len(value) == len(self), f"{name}: there must be one for each of {len(self)} images"
-            )
-
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -110,19 +97,31 @@ class Targets(Truth):
         return bool((self.labels >= 0).all())
 
     @classmethod
-    def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
-        """Collect the labels and annotations of a set, for some rows or for all.
+    def of(cls, data: ImageSet, classes: int | None = None) -> "Targets":
+        """Collect and check the labels and annotations of a set.
 
         ``classes`` is the number of class names in use; None: as many as the set has.
         """
-        labelled = isinstance(data, LabelledImages)
+        labelled, images = isinstance(data, LabelledImages), len(data)
         if classes is None:
             classes = len(data.class_names) if labelled else 0
-        labels = torch.tensor(data.labels() if labelled else [-1] * len(data), dtype=torch.int64)
-        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels, but {len(data)} images")
-        check_labels(labels, classes, data.key)
-        everything = cls(labels, classes, **vars(data.truth))
-        return everything if rows is None else everything.take(rows)
+        labels = torch.tensor(data.labels() if labelled else [-1] * images, dtype=torch.int64)
+        require(len(labels) == images, f"{type(data).__name__}: {len(labels)} labels, but {images} images")
+        wrong = ((labels < -1) | (labels >= classes)).nonzero()[:, 0]
+        if len(wrong):
+            row = int(wrong[0])
+            raise InputError(
+                f"{data.key(row)} has label {int(labels[row])}, but there are {classes} classes, numbered from 0; "
+                "give a list of class names that fits the labels"
+            )
+        relevance = data.truth.relevance
+        if relevance is not None and relevance.shape != (images, classes):
+            shape = "x".join(map(str, relevance.shape))
+            raise InputError(f"relevance: the shape is {shape}, but there are {images} images and {classes} classes")
+        for name in ("accepted", "candidates", "coordinates"):
+            value = getattr(data.truth, name)
+            require(value is None or len(value) == images, f"{name}: there must be one for each of {images} images")
+        return cls(labels, classes, **vars(data.truth))
 
     def digest(self) -> str:
         """Return a hash of all values, the same in every process; it is part of the results' cache key."""
@@ -155,14 +154,3 @@ class Targets(Truth):
             if anchor in place
         ]
         return replace(self, **values)
-
-
-def check_labels(labels: Tensor, classes: int, name_of: Callable[[int], str]) -> None:
-    """Raise :class:`InputError` for a label that is neither -1 nor the number of a class."""
-    wrong = ((labels < -1) | (labels >= classes)).nonzero()[:, 0]
-    if len(wrong):
-        row = int(wrong[0])
-        raise InputError(
-            f"{name_of(row)} has label {int(labels[row])}, but there are {classes} classes, numbered from 0; "
-            "give a list of class names that fits the labels"
-        )

@@ -3,7 +3,6 @@
 Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +43,14 @@ from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, pointing_units, queries, regions_of, segmentation
 from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import Task
-from lit_clip.retrieval.metrics import PairIndices, pair_scores, retrieval_ranks
-from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, retrieval_baselines, retrieval_metrics
+from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
+from lit_clip.retrieval.retrieval_set import (
+    DIRECTIONS,
+    Evaluation,
+    distinct_pairs,
+    retrieval_baselines,
+    retrieval_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,10 @@ def encode_set(opened: OpenSet, encoder: Encoder, model: Any) -> None:
         assert opened.prompts is not None
         task = place_task(model, opened.test, opened.places, recorder)
         texts = f"{name} {opened.prompts.sha256} {opened.prompts.alternatives}"
-        records = encoder.records(opened.test, task, texts, f"{opened.name} {name}")
-        if records is not None:
-            opened.records[name] = records
-            nothing = np.empty((len(records.rows), 0), np.float32)  # these tasks need no features of whole images
-            features = SetFeatures(nothing, nothing, records.rows, records.skipped)
-            opened.folds[0].features.setdefault("test", features)
+        opened.records[name] = records = encoder.records(opened.test, task, texts, f"{opened.name} {name}")
+        nothing = np.empty((len(records.rows), 0), np.float32)  # these tasks need no features of whole images
+        features = SetFeatures(nothing, nothing, records.rows, records.skipped)
+        opened.folds[0].features.setdefault("test", features)
 
 
 def encode_texts(opened: OpenSet, encode: EncodeTexts) -> None:
@@ -182,16 +185,10 @@ def _few_shot(opened: OpenSet, options: TaskOptions, folder: Path | None) -> dic
 def _caption_texts(opened: OpenSet, encode: EncodeTexts) -> object:
     """Encode each distinct caption once, and find its images."""
     test, template = opened.test_of(CaptionedImages, "captions, which retrieval needs"), opened.caption_template
+    captions = [(image, caption) for image, row in enumerate(opened.rows) for caption in test.captions(row)]
     numbers: dict[str, int] = {}
-    pairs: dict[tuple[int, int], list[int]] = {}  # by text and image: rows, and the text's earlier rows
-    seen: Counter[int] = Counter()
-    for image, row in enumerate(opened.rows):
-        for caption in test.captions(row):
-            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
-            pairs.setdefault((text, image), [0, seen[text]])[0] += 1
-            seen[text] += 1
-    columns = [(image, text, *counts) for (text, image), counts in sorted(pairs.items())]
-    prompts, indices = Prompts.of(numbers), PairIndices(*torch.tensor(columns).T.contiguous())
+    texts = [numbers.setdefault(template.replace("{}", caption), len(numbers)) for _, caption in captions]
+    prompts, indices = Prompts.of(numbers), distinct_pairs(np.array([image for image, _ in captions]), np.array(texts))
     opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), indices)
     return cache_key(prompts.sha256, [column.tolist() for column in indices])
 

@@ -157,7 +157,7 @@ class RetrievalSet:
             return None
         images = _owners(image_hash_N, rank_N, rank, world)
         texts = _owners(text_hash_N, rank_N, rank, world)
-        pairs = _distinct_pairs(images, texts)
+        pairs = distinct_pairs(images.numbers, texts.numbers)
         image_ID = distributed.gather_large(_owned_features(self._images, images, empty), images.counts)
         text_TD = _owned_features(self._texts, texts, empty)
         first = sum(texts.counts[:rank])
@@ -223,15 +223,14 @@ def _owned_features(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
     return features[torch.from_numpy(owners.owned).to(features.device)]
 
 
-def _distinct_pairs(images: _Owners, texts: _Owners) -> PairIndices:
-    """Return all ranks' pairs on the CPU, in caption order."""
-    code, first, rows = np.unique(
-        texts.numbers * sum(images.counts) + images.numbers, return_index=True, return_counts=True
-    )
-    text, image = np.divmod(code, sum(images.counts))
-    order = texts.numbers.argsort(kind="stable")
+def distinct_pairs(image_N: np.ndarray, text_N: np.ndarray) -> PairIndices:
+    """Return the pairs of a set's rows on the CPU, in caption order, from the numbers of their images and captions."""
+    images = image_N.max() + 1
+    code, first, rows = np.unique(text_N * images + image_N, return_index=True, return_counts=True)
+    text, image = np.divmod(code, images)
+    order = text_N.argsort(kind="stable")
     copies = np.empty_like(order)
-    copies[order] = np.arange(len(order)) - np.searchsorted(texts.numbers[order], texts.numbers[order])
+    copies[order] = np.arange(len(order)) - np.searchsorted(text_N[order], text_N[order])
     return PairIndices(*map(torch.from_numpy, (image, text, rows, copies[first])))
 
 

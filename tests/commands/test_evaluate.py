@@ -259,9 +259,9 @@ def test_another_precision_shares_no_features_and_is_in_the_results(
         results = evaluate("--tasks", "zero_shot", "--precision", precision)
         assert results["precision"] == precision
         new = {*cache.rglob("*")} - before
-        (images,) = (np.load(path) for path in new if path.name == "after.npy")
+        (images,) = (np.load(path) for path in new if path.name == "values.npy")
         (texts,) = (np.load(path)["classifier"].T for path in new if path.parent.name == "texts")
-        found[precision] = (images, texts)
+        found[precision] = (images[:, -texts.shape[1] :], texts)  # after the projection
     assert calls["images"] == 30 + 30
     for exact, half in zip(*found.values(), strict=True):
         distances = 1 - (exact.astype(np.float64) * half).sum(axis=1)
@@ -483,7 +483,7 @@ def test_images_of_two_sets_are_encoded_once(root: Path, monkeypatch: pytest.Mon
     }
     for name, task in (("pairs", "retrieval"), ("darker", "zero_shot")):
         assert apart[name]["tasks"][task]["metrics"] == pytest.approx(together[name]["tasks"][task]["metrics"])
-    images, captions = (sorted(Path(folder).rglob("after.npy")) for folder in ("out/cache", "apart_pairs/cache"))
+    images, captions = (sorted(Path(folder).rglob("values.npy")) for folder in ("out/cache", "apart_pairs/cache"))
     (alone,) = captions
     (shared,) = [path for path in images if path.parent.name == alone.parent.name]
     np.testing.assert_allclose(np.load(shared), np.load(alone), atol=1e-6)

@@ -204,11 +204,17 @@ def cached() -> Path:
     return next(path for path in Path("out/cache").iterdir() if path.is_dir() and path.name != "texts")
 
 
+def change_content(**changes: Any) -> None:
+    path = cached() / "content.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 DAMAGES: list[Callable[[], Any]] = [
-    lambda: os.truncate(cached() / "before.npy", 500),
-    lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
-    lambda: [(cached() / "before.npy").unlink(), os.mkfifo(cached() / "before.npy")],
-    lambda: np.save(cached() / "after.npy", np.load(cached() / "after.npy")[::-1]),
+    lambda: os.truncate(cached() / "values.npy", 500),
+    lambda: np.save(cached() / "values.npy", np.zeros((30, 5), np.float32)),
+    lambda: [(cached() / "values.npy").unlink(), os.mkfifo(cached() / "values.npy")],
+    lambda: np.save(cached() / "values.npy", np.load(cached() / "values.npy")[::-1]),
+    lambda: change_content(skipped=[[0, "a.png", "broken"]]),
     lambda: (cached() / "content.json").write_text('{"skipped": [[Infinity, "a.png", "broken"]]}'),
     lambda: (cached() / "content.json").write_text("{}"),
     lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
@@ -263,12 +269,11 @@ def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch)
     def overtaken(*arguments: Any, **options: Any) -> Any:
         bad = plain(*arguments, **options)
         monkeypatch.setattr(store, "encode", plain)
-        theirs.compute(images, "theirs")
+        theirs.features(images, "theirs")
         return bad
 
     monkeypatch.setattr(store, "encode", overtaken)
-    ours.compute(images, "ours")
-    assert len(ours.read(images).after) == 30
+    assert len(ours.features(images, "ours").after) == 30
     assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
 
 

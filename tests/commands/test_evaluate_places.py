@@ -146,7 +146,8 @@ def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
     again = json.loads(Path("again/results.json").read_text(encoding="utf-8"))["sets"]["masks"]
     assert again["tasks"] == expected
     assert rows == [0, 1, 2, 3, 4]
-    assert len(list(Path("again/cache").glob("*.npz"))) == 1
+    assert [path.name for path in Path("again/cache").rglob("*.npy")] == ["values.npy"]
+    assert not list(Path("again/cache").glob(".*"))  # no parts
 
 
 def test_a_broken_image_or_mask_is_skipped_or_an_error(places: Path) -> None:

@@ -233,7 +233,8 @@ def test_languages_share_the_features_of_imagenet(babel: Path, monkeypatch: pyte
     assert sets["babel_XX"]["splits"]["test"]["images"] == 6
     part = BabelImageNet("data/imagenet", "DE", "names.json", "prompts.json")
     model = load_model("last.ckpt")
-    stored = FeatureStore(model, Path("out/cache"), EncodingSettings(num_workers=0, accelerator="cpu")).read(part)
+    store = FeatureStore(model, Path("out/cache"), EncodingSettings(num_workers=0, accelerator="cpu"))
+    stored = store.features(part, "babel")
     with torch.no_grad():
         pixels = [model.preprocess(part[index][0]) for index in range(24)]
         expected = model.encode_image(torch.stack(pixels), normalize=True)

@@ -280,7 +280,7 @@ class Frames(LabelledImages):
 
 
 def test_targets_keep_only_the_rows_that_could_be_read() -> None:
-    targets = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[1, 2, 3, 4])
+    targets = Targets.of(Frames([0, 1, 0, 1, 0])).take([1, 2, 3, 4])
     assert targets.labels.tolist() == [1, 0, 1, 0]
     assert targets.classes == 2
     assert targets.neighbours == [(2, [1, 3])]  # the anchor in row 0 is gone, with its neighbours
@@ -289,15 +289,15 @@ def test_targets_keep_only_the_rows_that_could_be_read() -> None:
     assert targets.coordinates[:, 0].tolist() == [2, 4, 6, 8]
     codes = {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [1, 2, 3, 4], "video": list("bcde")}
     assert targets.annotations == codes
-    without_neighbour = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[0, 2, 3])
+    without_neighbour = Targets.of(Frames([0, 1, 0, 1, 0])).take([0, 2, 3])
     assert without_neighbour.neighbours == [(0, [1]), (2, [1])]
 
 
 def test_a_label_out_of_range_in_a_set_is_an_error_that_names_the_image() -> None:
     with pytest.raises(InputError, match="frame3.jpg has label 2, but there are 2 classes"):
         Targets.of(Frames([0, 1, 0, 2, 0]))
-    with pytest.raises(InputError, match="row 1 has label -2, but there are 3 classes"):
-        labelled(0, -2)
+    with pytest.raises(InputError, match="frame1.jpg has label -2, but there are 2 classes"):
+        Targets.of(Frames([0, -2, 0, 1, 0]))
     assert Targets.of(Frames([0, 1, 0, 2, 0]), classes=3).classes == 3
 
 

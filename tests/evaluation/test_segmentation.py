@@ -14,7 +14,7 @@ from lit_clip.evaluation import segmentation
 from lit_clip.evaluation.classification import TaskOptions
 from lit_clip.evaluation.data import ImageSet, Masked
 from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.places import PlaceRecords, Window, whole_size, window_cosines, window_of, window_starts
+from lit_clip.evaluation.places import Window, whole_size, window_cosines, window_of, window_starts
 from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.segmentation import (
     bootstrap,
@@ -27,6 +27,7 @@ from lit_clip.evaluation.segmentation import (
     queries,
     regions_of,
 )
+from lit_clip.evaluation.set_encoding import SetValues
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.tasks import PARTS
 from tests.helpers.small_sets import make_module
@@ -65,7 +66,7 @@ class Sized(OneMask):
         return self.side
 
 
-def random_set(images: int = 9) -> tuple[PlaceRecords, list[np.ndarray], list[np.ndarray]]:
+def random_set(images: int = 9) -> tuple[SetValues, list[np.ndarray], list[np.ndarray]]:
     """Return records, masks and predicted classes of images whose classes have one or two names; class 4 is absent."""
     generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
     classes = torch.tensor([0, 0, 1, 2, 2, 3, 4])
@@ -80,7 +81,7 @@ def random_set(images: int = 9) -> tuple[PlaceRecords, list[np.ndarray], list[np
         predictions.append(highest.argmax(axis=0))
         pairs = pixel_pairs(cosines, torch.from_numpy(mask), classes).numpy()
         rows.append(np.insert(pairs, 0, 2 * row, axis=1))
-    return PlaceRecords(np.concatenate(rows), list(range(0, 2 * images, 2)), []), masks, predictions
+    return SetValues(np.concatenate(rows), list(range(0, 2 * images, 2)), []), masks, predictions
 
 
 def plain_iou(masks: list[np.ndarray], predictions: list[np.ndarray], label: int) -> float:
@@ -93,7 +94,7 @@ def plain_iou(masks: list[np.ndarray], predictions: list[np.ndarray], label: int
     return both / either if either else float("nan")
 
 
-def metrics_of(records: PlaceRecords) -> dict[str, Any]:
+def metrics_of(records: SetValues) -> dict[str, Any]:
     return segmentation.segmentation(records, list("abcde"), None, "")
 
 
@@ -194,7 +195,7 @@ def test_masks_of_another_size_or_with_unknown_labels_are_refused() -> None:
         mask_of(OneMask([[0, 1, -1]]), 0, (1, 3))
     with pytest.raises(InputError, match="0: the mask has label 2, but there are 2 classes"):
         mask_of(OneMask([[2]]), 0, (1, 1))
-    nothing = PlaceRecords(np.zeros((0, 3), np.int64), [0], [])
+    nothing = SetValues(np.zeros((0, 3), np.int64), [0], [])
     with pytest.raises(InputError, match="segmentation: no pixel has a label"):
         metrics_of(nothing)
 
@@ -253,7 +254,7 @@ def test_each_class_of_a_mask_is_a_query() -> None:
 
 def test_accuracies_and_predictions(tmp_path: Path) -> None:
     values = np.array([[0, 2, 1, 0], [0, 5, 0, 0], [3, 2, 1, 1], [3, 4, 1, 0], [4, 2, 0, 1]])
-    entry, records = SuiteEntry({"class_path": "x.Y"}, metric="accuracy"), PlaceRecords(values, [0, 1, 3, 4], [])
+    entry, records = SuiteEntry({"class_path": "x.Y"}, metric="accuracy"), SetValues(values, [0, 1, 3, 4], [])
     opened = OpenSet("pets", entry, [Fold({"test": OneMask([[0]])})], records={"pointing": records})
     found = PARTS["pointing"].run(opened, TaskOptions(), tmp_path)
     assert found["metrics"] == pytest.approx({"accuracy": 3 / 5, "mean_per_class": (2 / 3 + 0 + 1) / 3})
@@ -264,4 +265,4 @@ def test_accuracies_and_predictions(tmp_path: Path) -> None:
     assert table["key"].tolist() == ["0#2", "0#5", "3#2", "3#4", "4#2"]
     assert table["score"].tolist() == [1, 0, 1, 1, 0]
     with pytest.raises(InputError, match="pointing: no image shows a class"):
-        segmentation.pointing_units(PlaceRecords(values[:0], [0], []))
+        segmentation.pointing_units(SetValues(values[:0], [0], []))

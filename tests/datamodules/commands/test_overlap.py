@@ -34,7 +34,6 @@ from lit_clip.embedding.reading import ImageRows, UnreadableRow, in_batches
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import bonferroni, clopper_pearson, nearer, nowhere, overlap_of
-from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
@@ -217,7 +216,7 @@ def encoded(model: CLIP, images: ImageRows, path: Path, several: bool = False) -
 
 
 def searched(model: CLIP, frames: list[Image.Image], path: Path, threshold: float) -> Searched:
-    parts, bad = encoded(model, SetRows(Videos(frames)), path, several=True)
+    parts, bad = encoded(model, Videos(frames), path, several=True)
     return Searched(EncodedImages.joined(parts), [row.message for row in bad], threshold, torch.device("cpu"))
 
 

@@ -159,7 +159,7 @@ def test_groups_are_the_first_columns(tmp_path: Path, dtype: str) -> None:
     assert images.labels() == WDS_LABELS
     assert images.stamp() == WebDataset(str(tmp_path)).stamp()
     assert pickle.loads(pickle.dumps(images)).truth.groups == images.truth.groups
-    targets = Targets.of(images, [0, 6])
+    targets = Targets.of(images).take([0, 6])
     assert targets.groups == {"region": ["3", "12"], "year": ["2016", "2017"]}
 
 
