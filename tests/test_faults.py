@@ -73,7 +73,7 @@ def test_the_table_counts_what_was_run_and_names_what_went_wrong(capsys: pytest.
         (wrong, 0): Outcome("other", 20.0, "a | traceback"),
     }
     text = markdown(outcomes)
-    assert "| `kill_rank` | kill -9 of the last rank | clear end | 2 | 2 | 1 | 20.0 s | 20 s |" in text
+    assert "| `kill_rank` | kill -9 of the last rank | clear end | 2 | 2 | 1 | 20.0 | 20 |" in text
     assert f"2 of {len(all_cells())} cells run: 0 same, 1 clear ends, 1 others." in text
     assert f"- `{wrong}`: a / traceback" in text
     assert main(["--only", str(right), str(wrong), "--list"]) == 0

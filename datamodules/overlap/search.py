@@ -73,7 +73,7 @@ class EncodedImages(NamedTuple):
 class SourceRows(SourcePairs):
     """The images of a source of pairs, without captions."""
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]:
         stored = self.source.read(row)
         return stored.where, [image_for_model(io.BytesIO(stored.image), stored.where)]
 

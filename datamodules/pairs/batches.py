@@ -128,7 +128,7 @@ class SourcePairs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]:
         pair = self.source.load(self.rows[row], None)
         return pair.key, [pair.image]
 

@@ -31,7 +31,7 @@ class ImageFile:
 class FileRows(list[ImageFile]):
     """Image files as :class:`lit_clip.embedding.reading.ImageRows`."""
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]:
         path = self[row].path
         return str(path), [image_for_model(path)]
 

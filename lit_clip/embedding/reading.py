@@ -32,7 +32,7 @@ class ImageRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]: ...
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]: ...
 
 
 class UnreadableRow(NamedTuple):
@@ -102,7 +102,7 @@ class ImageBatches(Dataset[EncoderBatch]):
         return batch._replace(inputs=torch.stack(inputs), texts=self.texts and self.texts(batch.notes))
 
     def _read(self, row: int) -> tuple[list[Tensor], list[Any]]:
-        name, images = self.data.read(row)
+        name, images = self.data.key_and_images(row)
         require(bool(images), f"{name}: has no image")
         try:
             notes = [self.note(row, name, image) for image in images] if self.note else []

@@ -68,7 +68,7 @@ class ImageSet(ABC):
         The unit-length features of several images are averaged, so the logits are the mean of the frames' logits.
         """
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]:
         """Return an item's key and images, as :class:`lit_clip.embedding.reading.ImageRows`; errors name the key."""
         key = self.key(row)
         try:

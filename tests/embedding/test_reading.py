@@ -183,7 +183,7 @@ class Films:
     def __len__(self) -> int:
         return 7
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+    def key_and_images(self, row: int) -> tuple[str, list[Image.Image]]:
         if row == 3:
             raise BadSample("film 3", "broken film", "no such codec")
         return f"film {row}", [] if row == 5 else [image(10 * row + frame, 40, 36) for frame in range(row + 1)]
@@ -217,7 +217,7 @@ def test_features_do_not_depend_on_batch_size_or_workers(
         (5, "cannot be read", "film 5: has no image"),
     ]
     for row, feature in found.items():
-        frames = torch.stack([model.preprocess(frame) for frame in Films().read(row)[1]])
+        frames = torch.stack([model.preprocess(frame) for frame in Films().key_and_images(row)[1]])
         with torch.no_grad():
             expected = model.encode_image(frames, normalize=True).mean(dim=0)
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-6)
