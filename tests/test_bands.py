@@ -36,7 +36,7 @@ from datamodules.pairs.folder import FolderPairs
 from datamodules.shards.pairs import TarPairs
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
-from lit_clip.commands.demo import image_of
+from lit_clip.commands.demo_trial import image_of
 from lit_clip.commands.export import export
 from lit_clip.embedding.image_files import FileRows, image_file
 from lit_clip.embedding.image_files import images_in as listed_images

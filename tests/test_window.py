@@ -22,7 +22,7 @@ from datamodules.loading.augmentation import Augmentation
 from datamodules.shards.writing import _image_file
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
-from lit_clip.commands.demo import image_of
+from lit_clip.commands.demo_trial import image_of
 from lit_clip.commands.export import export
 from lit_clip.embedding.image_files import FileRows, image_file
 from lit_clip.embedding.reading import ImageBatches

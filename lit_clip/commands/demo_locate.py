@@ -4,7 +4,7 @@ from functools import lru_cache, partial
 
 from PIL import Image
 
-from lit_clip.commands.demo import LONGEST_PROMPT, MOST_PROMPTS, Source, image_of, words
+from lit_clip.commands.demo_trial import LONGEST_PROMPT, MOST_PROMPTS, Source, image_of, words
 from lit_clip.errors import require
 from lit_clip.locating.locator import Locator
 from lit_clip.locating.overlay import overlays

@@ -27,7 +27,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lit_clip.commands.demo import MOST_BYTES, MOST_IMAGES, SHOWN, Trial
+from lit_clip.commands.demo_trial import MOST_BYTES, MOST_IMAGES, SHOWN, Trial
 from lit_clip.errors import InputError
 from lit_clip.tools.console import plural
 from lit_clip.tools.html import render, thumbnail

@@ -17,8 +17,9 @@ from PIL import Image
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_heads import HeadFile
-from lit_clip.commands.demo import LONGEST_PROMPT, SHOWN, Trial, demo, shown_below
+from lit_clip.commands.demo import demo, shown_below
 from lit_clip.commands.demo_locate import Tab
+from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
 from lit_clip.commands.search import Searched, read_searched
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import InputError

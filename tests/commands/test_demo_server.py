@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_clip.commands.demo import MOST_BYTES, MOST_PROMPTS
+from lit_clip.commands.demo_trial import MOST_BYTES, MOST_PROMPTS
 from lit_clip.embedding.index import INDEX
 from tests.helpers.demo import ask, form, get, png, post, running, skip_without_starlette
 

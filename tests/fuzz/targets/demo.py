@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lit_clip.commands.demo import Source, Trial
+from lit_clip.commands.demo_trial import Source, Trial
 from lit_clip.commands.search import Searched
 from lit_clip.embedding.index import nearest
 from tests.fuzz.inputs import Input, Inputs, Target, edited_json, texts
