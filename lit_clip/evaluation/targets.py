@@ -102,10 +102,12 @@ class Targets(Truth):
 
         ``classes`` is the number of class names in use; None: as many as the set has.
         """
-        labelled, images = isinstance(data, LabelledImages), len(data)
-        if classes is None:
-            classes = len(data.class_names) if labelled else 0
-        labels = torch.tensor(data.labels() if labelled else [-1] * images, dtype=torch.int64)
+        images = len(data)
+        numbers, own = [-1] * images, 0
+        if isinstance(data, LabelledImages):
+            numbers, own = data.labels(), len(data.class_names)
+        classes = own if classes is None else classes
+        labels = torch.tensor(numbers, dtype=torch.int64)
         require(len(labels) == images, f"{type(data).__name__}: {len(labels)} labels, but {images} images")
         wrong = ((labels < -1) | (labels >= classes)).nonzero()[:, 0]
         if len(wrong):
