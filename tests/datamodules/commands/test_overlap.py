@@ -280,7 +280,7 @@ def test_an_interrupted_search_resumes_and_finds_the_same(
     source = open_source(write_table(tmp_path / "train", [*photos[4:], *map(as_jpeg, photos[:4])]))
     whole, _ = encoded(model, SourceRows(source), tmp_path / "whole")
     read: list[int] = []
-    plain = SourceRows.read
+    plain = SourceRows.key_and_images
 
     def counted(self: SourceRows, row: int) -> tuple[str, list[Image.Image]]:
         read.append(row)
@@ -288,7 +288,7 @@ def test_an_interrupted_search_resumes_and_finds_the_same(
             raise KeyboardInterrupt
         return plain(self, row)
 
-    monkeypatch.setattr(SourceRows, "read", counted)
+    monkeypatch.setattr(SourceRows, "key_and_images", counted)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         encoded(model, SourceRows(source), tmp_path / "found")
     found, _ = encoded(model, SourceRows(source), tmp_path / "found")
