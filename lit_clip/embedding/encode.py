@@ -70,7 +70,7 @@ class Encoding:
     num_workers: int | None = None
     precision: Precision = "32-true"
     on_error: OnError = "error"
-    devices: ClassVar[int] = 1  # the last ones: options of EncodingSettings behind all others
+    devices: ClassVar[int] = 1  # constants here, so that EncodingSettings has these options behind all others
     accelerator: ClassVar[str] = "auto"
 
     def __post_init__(self) -> None:
@@ -94,6 +94,7 @@ class EncodingSettings(Encoding):
         accelerator: cpu, gpu, mps, ...
     """
 
+    # Options, where Encoding has constants: pyright allows no field to replace a class variable.
     devices: int = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     accelerator: str = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
 
