@@ -180,6 +180,7 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
+        """Return data of any form as one source; ``setup`` calls ``sources``, which opens each split by this."""
         options = self._options
         if split != "train":
             columns = replace(self._options["columns"], **dict.fromkeys(TRAINING_COLUMNS))

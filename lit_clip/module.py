@@ -120,7 +120,7 @@ class LitCLIP(RunHooks):
         pairs = encode_step(self.model, batch, counts, self.hparams["micro_batch_size"])
         zero = self.zero_loss(pairs.image, pairs.text)
         self.last_step = None
-        if self.step_skipped:  # no rank has a pair
+        if self.step_skipped:  # begin_step has seen that no rank has a pair
             return zero
         loss, metrics = evaluate_loss(self.loss, pairs)
         loss = loss + zero

@@ -47,7 +47,11 @@ SCHEMA = pa.schema(
 
 
 class RawRow(NamedTuple):
-    """A row as written: its number in the file (a header is row 1) and its cells."""
+    """A row as written: its number in the file (a header is row 1) and its cells.
+
+    It becomes a row of an Arrow table, that a :class:`Row` when it is read, that a :class:`Pair` with one caption, and
+    pairs a :class:`lit_clip.CaptionBatch`.
+    """
 
     number: int
     image: Any
@@ -71,7 +75,7 @@ class Problems:
         self.skip = skip
         self.label = label
         self.left_out = SkippedRows()
-        self.columns = ColumnNames(["image"], ["caption"])  # until the header is read
+        self.columns = ColumnNames(["image"], ["caption"])  # the reader sets the file's before it yields a row
 
     def add(self, number: int, reason: str, detail: str) -> None:
         """Raise or count a problem of a row."""
@@ -138,7 +142,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 if not is_unicode("".join(values)):
                     problems.add(number, *NOT_UTF8)
                 elif len(values) == len(names):
-                    yield _raw_row(number, {name: values[place] for name, place in places.items()}, columns)
+                    yield raw_row(number, {name: values[place] for name, place in places.items()}, columns)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"
@@ -149,7 +153,8 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             raise InputError(f"{path} row {number + 1}: {problem}") from error
 
 
-def _raw_row(number: int, cells: Mapping[str, Any], columns: ColumnNames) -> RawRow:
+def raw_row(number: int, cells: Mapping[str, Any], columns: ColumnNames) -> RawRow:
+    """Return a row from its cells by column name."""
     images, captions = ([cells.get(name) for name in names] for names in (columns.images, columns.captions))
     optional = (None if (name := getattr(columns, kind)) is None else cells.get(name) for kind in OPTIONAL)
     return RawRow(
@@ -183,7 +188,7 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
         if columns is None:
             columns = find(list(values))
             problems.columns = columns
-        yield _raw_row(number, values, columns)
+        yield raw_row(number, values, columns)
 
 
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:

@@ -44,7 +44,8 @@ from lit_clip.weights.load import check_fits, weights_come_later
 DEFAULT_CALLBACKS = "lit_clip.callbacks"  # whose defaults() every run gets; no other module imports the package
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
 NEWEST = ("last", "auto", "hpc")
-CHOOSERS = ["lit_clip.cli.recipes"]  # of settings that are not given
+# Modules that can be removed with their entry here: ``add_option``, and ``chosen_options`` for what is not given.
+CHOOSERS = ["lit_clip.cli.recipes"]
 DEFAULTS = Path(__file__).with_name("fit.yaml")  # without --config
 
 
@@ -66,8 +67,8 @@ class CLI(PlainCLI):
         parser.add_argument(
             "--rest", type=list[str], default=[], help="fit only: class folders or tables that should be no worse."
         )
-        for room in CHOOSERS:
-            import_module(room).add_option(parser)
+        for name in CHOOSERS:
+            import_module(name).add_option(parser)
         if not self.subclass_mode_model:  # options such as --model.optimizer.lr belong to a class, which must be named
             parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
 
@@ -75,7 +76,10 @@ class CLI(PlainCLI):
         return Parser.of_command("lit-clip fit")
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse words over YAML files, over a recipe, over the model of ``--ckpt_path``, over defaults."""
+        """Parse words over YAML files (without any, ``fit.yaml``), over a recipe, over a model, over defaults.
+
+        The model's settings are those of ``--ckpt_path``, or ``fit.yaml``'s.
+        """
         command, *words = args if args and args[0] in self.parsers else ["", *args]
         words = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]  # it may be typed several times
         known: Parser = self.parsers.get(command, parser)
@@ -88,20 +92,19 @@ class CLI(PlainCLI):
         self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
         before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
         before.pop("config", None)
-        packaged = _model_of({"model": before.pop("model", {})})  # below a checkpoint's
+        packaged = _model_of({"model": before.pop("model", {})})  # which a checkpoint's comes before
         if self.subclass_mode_model:  # its options may be typed before it, and those of its default objects
             objects = {name: part for name, part in _parts().items() if "init_args" in part}
             before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": objects})
-        # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
         given = self._given(known, words, before)
-        flags = given.pop("print_config", None)
+        flags = given.pop("print_config", None)  # which opens no data, so a recipe has chosen nothing yet
         config = self._complete(known, given, packaged)
         if flags is not None:
             sys.stdout.write(known.written(config, **{flag: True for flag in flags.split(",") if flag}))
             sys.exit(0)
-        for room in CHOOSERS if command == "fit" else ():
-            chosen = import_module(room).chosen_options(known, config, known.plain(given), _parts())
-            given = self._given(known, chosen, given) if chosen else given
+        for name in CHOOSERS if command == "fit" else ():
+            chosen = import_module(name).chosen_options(known, config, known.plain(given), _parts())
+            given = self._given(known, chosen, given) if chosen else given  # none of the chosen was given
             config = self._complete(known, given, packaged) if chosen else config
         if config.get("ckpt_path") in NEWEST:
             ours, folders = self._configuration(known, config, given), run_folders(config.as_dict())
@@ -123,7 +126,8 @@ class CLI(PlainCLI):
     def _complete(self, known: Parser, given: Namespace, packaged: Mapping[str, Any]) -> Namespace:
         """Return the given settings, over a checkpoint's or the model's packaged ones, over the defaults.
 
-        A part whose class is named keeps no setting of the default class, as it would by the parser's own rules.
+        A part whose class is named keeps no setting of the default class; the parser itself would keep them. The parts
+        (optimiser, schedule, decay, loss) never come from a checkpoint.
         """
         path, model = given.get("ckpt_path"), _model_of(given)
         require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
@@ -156,7 +160,7 @@ class CLI(PlainCLI):
 
     def instantiate_classes(self) -> None:
         fits = self.subcommand == "fit" and not self.setting("validate_first")
-        later = fits and gets_weights(self.setting("trainer").strategy)
+        later = fits and gets_weights(self.setting("trainer").strategy)  # under FSDP, a rank but the first
         with weights_come_later() if later else nullcontext():
             super().instantiate_classes()
         if self.subcommand and (path := self.setting("ckpt_path")):

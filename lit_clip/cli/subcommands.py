@@ -102,6 +102,7 @@ def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
     for kind in groups.values():
         parser.add_class_arguments(kind, as_group=False, skip=skip)
     parameters = [each for source in sources for each in inspect.signature(source).parameters.items()]
+    parser.bare = {key for key, each in parameters if each.default is each.empty and each.kind is not each.KEYWORD_ONLY}
     for key, parameter in parameters:
         required = parameter.default is parameter.empty
         if key in flags:

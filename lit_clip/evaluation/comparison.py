@@ -14,12 +14,13 @@ from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
 from lit_clip.evaluation.overview import COLUMNS, number, sets_of, tasks_of
 from lit_clip.evaluation.predictions import predictions_name, read_predictions
 from lit_clip.evaluation.results import read_results
+from lit_clip.evaluation.scores import METRICS
 from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
 THIS_RUN = "this run"  # name of the run itself in tables and charts
 NEAR_KM = 25  # the distance that geolocation is compared by
-METRICS = {  # that tasks are compared by, other than the set's own
+COMPARED = {  # metrics that other tasks than a classifier's are compared by
     "retrieval": ("image_to_text_recall@1", "text_to_image_recall@1"),
     "geolocation": (f"within_{NEAR_KM}km",),
     "pointing": ("accuracy",),
@@ -118,7 +119,7 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
     """Yield the tasks that both runs have, with the metrics to compare."""
     own = (str(entry.get("metric") or "top1"),)
     for task in filter(tasks_of(theirs).__contains__, tasks_of(entry)):
-        yield from ((task, metric) for metric in (own if task in COLUMNS else METRICS.get(task, ())))
+        yield from ((task, metric) for metric in (own if task in COLUMNS else COMPARED.get(task, ())))
 
 
 class _Scores(NamedTuple):
@@ -163,7 +164,8 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
 
 
 def _folds(scores: _Scores, metric: str) -> list[UnitScores]:
-    classes = scores.truth if metric == "mean_per_class" else None
+    record = METRICS.get(metric)  # none of another task's
+    classes = scores.truth if record and record.per_class else None
     of_fold = [scores.fold == fold for fold in np.unique(scores.fold)]
     return [UnitScores(scores.value[rows], None if classes is None else classes[rows]) for rows in of_fold]
 

@@ -32,7 +32,9 @@ SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric; higher is better. It can judge a set of a suite if it has ``of_scores`` or a ``task``.
+    """A metric; higher is better, so a rank would be one's negative.
+
+    It can judge a set of a suite if it has ``of_scores`` or a ``task``.
 
     Attributes:
         words: its name in tables and charts.
@@ -41,6 +43,7 @@ class Metric:
         baseline: the truth -> the best value of an answer without looking at the images, which is always the same
             class, or always the same score; None: none is defined.
         units: class scores and the truth -> the scores of images, by name of the metric whose mean they are.
+        per_class: whether that mean is over classes, of the mean of the images of each.
         task: the task that computes it in place of a classifier.
         softmax: whether it ranks images within a class: logits of different images cannot be compared, and a softmax
             over the classes is what brought the paper's figures within reach (openai/CLIP, issue 153).
@@ -53,6 +56,7 @@ class Metric:
     needs: tuple[str, ...] = ("labels",)
     baseline: Callable[[Targets], float] | None = None
     units: Callable[[Tensor, Targets], Mapping[str, np.ndarray]] | None = None
+    per_class: bool = False
     task: str = ""
     softmax: bool = False
     predictions: Callable[[Tensor, Targets], Sequence[int]] | None = None
@@ -88,13 +92,14 @@ def unit_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, Unit
 
     Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
     """
-    found: dict[str, UnitScores] = {}
+    found: dict[str, np.ndarray] = {}
     if targets.single:
         of_images = _right(scores, targets)
-        found = {name: UnitScores(values) for name, values in of_images.items()}
-        found["mean_per_class"] = UnitScores(of_images["top1"], targets.labels.numpy())
+        found = of_images | {"mean_per_class": of_images["top1"]}
     units = METRICS[metric].units
-    return found | {name: UnitScores(values) for name, values in (units(scores, targets) if units else {}).items()}
+    found |= units(scores, targets) if units else {}
+    classes = {name: targets.labels.numpy() for name in found if METRICS[name].per_class}
+    return {name: UnitScores(values, classes.get(name)) for name, values in found.items()}
 
 
 def comparable(metric: str, logits: Tensor) -> Tensor:
@@ -348,7 +353,10 @@ METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["top1"]),
     "top5": Metric("top-5"),  # words alone: accuracy.py counts it, beside the metric of any set
     "mean_per_class": Metric(
-        "mean per class", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["mean_per_class"]
+        "mean per class",
+        _accuracies,
+        baseline=lambda targets: _baseline_accuracies(targets)["mean_per_class"],
+        per_class=True,
     ),
     "map11": Metric("11-point mAP", _map11, ("relevance",), baseline=partial(_of_equal_scores, "map11"), softmax=True),
     "roc_auc": Metric("ROC AUC", _roc_auc, baseline=partial(_of_equal_scores, "roc_auc")),

@@ -62,8 +62,9 @@ def sharded_contrastive_loss(
 ) -> ShardedLoss:
     """Softmax loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
-    All ranks must scale the result by the same factor before ``backward``: a rank's gradient includes the terms of
-    other ranks' losses that depend on its features. Without hard negatives on any rank there are no ``negatives``.
+    All ranks must scale the result by the same factor before ``backward``, not each by its number of pairs: a rank's
+    gradient includes the terms of other ranks' losses that depend on its features. Without hard negatives on any rank
+    there are no ``negatives``.
     """
     image, text = at_least_float32(image_BD), at_least_float32(text_BD)
     layout = _with_tile(layout, image_BD)
@@ -155,7 +156,7 @@ class _Others(NamedTuple):
     """A tile's logits without the images' own texts; -inf takes an entry out of sums and maxima."""
 
     logits: Tensor  # without ignored duplicates
-    wrong: Tensor  # without any duplicate
+    wrong: Tensor  # without any duplicate: what may not be closer than the own text
     same: Tensor | None  # bool, the duplicates that are positives; None unless these are
 
     @classmethod
@@ -214,7 +215,12 @@ def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Softmax(torch.autograd.Function):
-    """Logits ``l = scale * image @ text.T``; the images' own texts are added to the sums last."""
+    """Logits ``l = scale * image @ text.T``; the images' own texts are added to the sums last.
+
+    The loss is the sum of half ``logsumexp(l[i, :]) + logsumexp(l[:, i])``, less that of target times logit, over N.
+    Its gradient by ``l[i, j]`` is ``softmax(l[i, :])[j] + softmax(l[:, j])[i] - 2 * target`` by ``2 * N``; the target
+    is 1 for the own text, and ``share / 2`` for positives.
+    """
 
     @staticmethod
     @_in_full_precision
@@ -246,6 +252,7 @@ class _Softmax(torch.autograd.Function):
         linear = linear + (own_B if texts.shares is None else own_B * texts.shares[mine]).sum()
         ctx.layout, ctx.negative_shards = layout, hard[1] if hard else None
         ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *texts)
+        # This rank's part of a sum over N pairs, times ``world``, as DDP takes the mean of all ranks' gradients.
         loss = ((row_lse_B + column_lse_N[mine]).sum() / 2 - linear) * layout.ranks.world / layout.ranks.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
@@ -262,7 +269,7 @@ class _Softmax(torch.autograd.Function):
         text_grad_ND = torch.zeros_like(texts.features)
         for tile in _tiles(layout):
             logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
-            # Twice the gradient of the logits, halved in ``factor``. At most three tiles exist.
+            # ``factor`` halves it. At most three tiles exist.
             G_bn = (logits_bn - row_lse_B[tile.rows, None]).exp_()
             G_bn += logits_bn.sub_(column_lse_N[tile.columns]).exp_()
             if texts.shares is not None:

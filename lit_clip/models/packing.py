@@ -97,8 +97,8 @@ class Packing(NamedTuple):
     rows: Tensor
     columns: Tensor  # int64 ``[T]``, the column of each token in the batch
     ends: Tensor  # int64 ``[B]``, the index in T of each text's last token
-    # int64 ``[B]``, each text's index in ``ends``: ``ends[places]`` restores the batch's order. None: it is the batch's
-    # order
+    # int64 ``[B]``, each text's index in ``ends``: ``x[places]`` brings features in their order into the batch's. None:
+    # it is the batch's
     places: Tensor | None = None
 
 
@@ -140,6 +140,7 @@ def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[i
     is rounded up by a sixteenth at most, so that batches have few shapes: kernels are planned for each.
     """
     free: list[list[int]] = [[] for _ in range(row_length)]  # by number of free tokens: the index of the first
+    # A room of ``row_length`` is a new row, taken where no row has enough free tokens.
     firsts: list[int] = []
     count = 0
     for left, length in reversed(runs):
@@ -154,7 +155,7 @@ def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[i
                 firsts.extend(range(first, end, length))
                 free[room - fitting * length].append(end)
                 left -= fitting
-    step = max(1, 1 << count.bit_length() >> 5)  # a power of two, at most a sixteenth of the rows
+    step = max(1, (1 << count.bit_length()) >> 5)  # a power of two, at most a sixteenth of the rows
     return firsts[::-1], -(-count // step) * step
 
 

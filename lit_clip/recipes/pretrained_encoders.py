@@ -26,7 +26,8 @@ LEAST = 40  # steps for which blocks are trained: fewer only move what the heads
 SHARE = 0.9  # of the time, to plan with
 # Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
 START, VALIDATION, HEADS = 15.0, 2.0, 20.0
-EPOCHS = ("trainer.max_epochs",)
+EPOCHS, OPTIMIZER = ("trainer.max_epochs",), ("model.optimizer.class_path",)
+SCHEDULE = ("model.lr_scheduler.class_path",)
 
 
 class Rule(NamedTuple):
@@ -111,8 +112,8 @@ class PretrainedEncoders(Recipe):
         return [
             *([step] if together and not run.is_given("data.captions.per_image") else []),
             Choice("data.global_batch_size", work.batch, f"captions are {rule.captions}", ("data.batch_size",)),
-            Choice("model.optimizer.lr", rule.rate, f"captions are {rule.captions}"),
-            Choice("model.lr_scheduler.warmup_steps", max(1, steps // 10), f"a tenth of {steps:,} steps"),
+            Choice("model.optimizer.lr", rule.rate, f"captions are {rule.captions}", OPTIMIZER),
+            Choice("model.lr_scheduler.warmup_steps", max(1, steps // 10), f"a tenth of {steps:,} steps", SCHEDULE),
             Choice("model.freeze", asdict(plan.freeze), "as many last blocks as there is time for"),
             Choice("model.loss", POSITIVES, "equal captions are no negatives of each other"),
             Choice("trainer.callbacks.FrozenFeatures.augmentations", plan.versions, encoded),

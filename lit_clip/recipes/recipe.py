@@ -109,6 +109,7 @@ class Run:
     def is_given(self, *options: str) -> bool:
         """Return whether the user has set one of these options, a part of one, or the option above one.
 
+        ``model.freeze`` is given by ``model.freeze.image``, and ``model.loss.duplicates`` by ``model.loss``. But
         ``--model my_clip.Cautious`` and ``--data my_data.Prompts`` name a class, and set none of its options.
         """
         return any(

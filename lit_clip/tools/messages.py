@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import pairwise
@@ -85,10 +85,12 @@ class OptionParser(ArgumentParser):
     """A parser with one-line errors; a ``command``'s parser tells users what to type."""
 
     command = ""
+    bare: Collection[str] = ()  # names of values that are typed without an option
 
     def options(self) -> list[str]:
         """Return the options that can be typed, for suggestions."""
-        return [f"--{name.replace('.init_args.', '.')}" for name in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
+        names = self.get_defaults(skip_validation=True).keys()
+        return [f"--{name.replace('.init_args.', '.')}" for name in names if name not in self.bare]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.command:

@@ -76,6 +76,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
     Without a ``trainer``, whose training resumes, the weights are only used.
     """
     model: CLIP = module.model
+    # An average is what is used; a run without EMA goes on from the last step.
     averaged = trainer is None or any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
     if "current_model_state" in checkpoint and not averaged:
         _use_last_step(checkpoint, name)
@@ -128,5 +129,5 @@ def _loss_state(checkpoint: Mapping[str, Any], loss: Loss, name: Source, resumed
     there, here = ({key: getattr(value, "shape", None) for key, value in state.items()} for state in (saved, ours))
     if there != here:
         require(not resumed, f"{name}: its loss has other parameters; name the loss it was trained with as model.loss")
-        saved = ours
+        saved = ours  # for use alone: nothing computes the loss
     return {LOSS_PREFIX + key: value for key, value in saved.items()}

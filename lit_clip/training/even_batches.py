@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.hardware import to_device
 
-# The methods by which a batch may get hard negatives.
+# Methods by which a batch may get hard negatives: of a class that overrides one, ranks do not know their number.
 MAKE_BATCHES = (
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
     *("sources", "training_pairs", "train_dataloader"),

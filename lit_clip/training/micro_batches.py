@@ -82,9 +82,9 @@ def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int 
     """Encode a rank's pairs in micro-batches, with hard negatives if any rank has some.
 
     Features and gradients are those of all pairs at once, and only the activations of the last micro-batch are kept:
-    each one but the last is a checkpointed segment of one graph, so DDP synchronises once, after the backward pass of
-    the first. The last is the first in the backward pass, so its activations are gone when those of another are
-    computed again. Only BatchNorm sees the micro-batches instead of the batch.
+    each one but the last is a checkpointed segment of one graph. Of three, the forward pass encodes 1, 2, 3 and keeps
+    the activations of 3; the backward pass frees those, computes those of 2 again, then those of 1, and DDP
+    synchronises once, after 1. Only BatchNorm sees the micro-batches instead of the batch.
 
     Ranks have equally many micro-batches, as they synchronise in every backward pass, and under FSDP in every forward
     pass too: one with fewer pairs encodes its last pair several times. At most ``size`` pairs are encoded at once.
@@ -93,14 +93,15 @@ def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int 
     pairs, most = batch.pairs, max(1, *counts.pairs.counts)
     number = math.ceil(most / (size or most))
     whole = batch if pairs else placeholder(model, batch)
-    parts = whole.stretched(2 * number if batch.skipped else number).split(number)  # BatchNorm may need two pairs
+    # A part of one pair has no variance for BatchNorm; without skipped pairs all parts have about ``size``.
+    parts = whole.stretched(2 * number if batch.skipped else number).split(number)
     encoded = sum(len(part.images) for part in parts), sum(len(part.tokens) for part in parts)
     # A repeated pair would count twice: this rank's BatchNorm leaves the whole step out of its statistics.
     repeats = encoded != (len(batch.images), pairs)
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if repeats else []
     with FrozenStatistics(norms):
         image_BD, text_BD, negative_MD = _encode_parts(model, parts, counts.negatives.total > 0)
-    if repeats or batch.image_of is not None:
+    if repeats or batch.image_of is not None:  # leave out the repeated pairs
         image_BD, text_BD = batch.of_pairs(image_BD), text_BD[:pairs]
     negatives = None if negative_MD is None else HardNegatives(negative_MD, counts.negatives)
     scale, bias, pad_id = model.logit_scale.exp(), model.logit_bias, model.tokenizer.pad_id
@@ -111,7 +112,8 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tu
     images, texts, hard = [], [], []
     for part in parts:
         tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
-        # Drop autocast's half-precision weights: all micro-batches would add their gradients in that one copy.
+        # Drop autocast's half-precision weights: all micro-batches would add their gradients in that one copy, in half
+        # precision, where small ones are lost.
         torch.clear_autocast_cache()
         run = _run if part is parts[-1] else checkpoint
         images.append(run(encode_images, model, part.images, inside=model.visual))
@@ -122,6 +124,7 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tu
 
 
 def _run(encode: Callable[..., Tensor], *args: Any, inside: nn.Module) -> Tensor:
+    """Encode, and keep the activations; has the arguments of ``checkpoint``."""
     return encode(*args)
 
 

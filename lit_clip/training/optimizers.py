@@ -206,7 +206,7 @@ class Optimization:
         self.rates = rates
         self._resumed_steps: int | None = None  # of the whole run, from the checkpoint it resumes from
         if optimizer is not PaperAdamW or lr_scheduler is not WarmupCosine:  # what is set may be impossible
-            self.descriptions.copy()
+            _ = self.descriptions  # which makes them, and raises
 
     @cached_property
     def descriptions(self) -> dict[str, Description]:
@@ -230,18 +230,20 @@ class Optimization:
         not the optimiser: Lightning takes an optimiser that is created fused for one that unscales gradients by itself,
         and refuses to clip them.
         """
-        made = probe_optimizer(self.optimizer)
+        made = probe_optimizer(self.optimizer)  # a factory does not show its settings, an optimiser does
         fusable = isinstance(made, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
         fused = fusable and made.defaults.get("fused") is None and made.defaults.get("foreach") is None
-        try:
-            optimizer = self.optimizer([{**group, "fused": True} if fused else dict(group) for group in groups])
+        own = {"fused": True} if fused else {}
+        try:  # each group has a rate of its own, in place of the factory's; not every schedule keeps the first one
+            optimizer = self.optimizer([{**group, "initial_lr": group["lr"], **own} for group in groups])
         except (TypeError, ValueError) as error:
             torchs = isinstance(made, getattr(torch.optim, "Muon", ()))
             hint = "; timm.optim.Muon takes all parameters" if torchs else ""
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
         if fusable:
             optimizer.register_load_state_dict_post_hook(lay_out_like_parameters)
-        steps, self._resumed_steps = self._resumed_steps or total_steps(trainer), None
+        steps = self._resumed_steps or total_steps(trainer)  # Lightning has called resume before
+        self._resumed_steps = None
         schedule = create_schedule(self._lr_scheduler, optimizer, steps)
         _check_rates(groups, optimizer.param_groups, type(schedule).__name__)
         how: dict[str, Any] = {"interval": "step"}
@@ -254,7 +256,7 @@ class Optimization:
         """Overwrite a checkpoint's optimiser and schedule settings with this run's where they differ.
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
-        groups stays unless it is set differently now.
+        groups stays unless the setting, or its default, is another one now.
         """
         self._resumed_steps = steps
         here, there = self.descriptions, checkpoint["parts"]
@@ -331,14 +333,17 @@ def _check_rates(groups: Groups, scheduled: Groups, schedule: str) -> None:
 def _resume_groups(
     saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], rates: bool, name: str
 ) -> None:
-    there, here = ([(each["name"].partition(",")[0], len(each["params"])) for each in all_] for all_ in (saved, groups))
+    there, here = (
+        [(group["name"].partition(",")[0], len(group["params"])) for group in each] for each in (saved, groups)
+    )
     if there != here:
         raise InputError(
             f"{name}: resume with the model.freeze, parts of model.rates, lora and decay of the run that wrote it"
         )
     for group, ours in zip(saved, groups, strict=True):
         if rates:  # otherwise they are the schedule's: torch's OneCycleLR has an initial_lr of its own
-            group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)
+            first = group.get("initial_lr", group["lr"]) or 1.0  # 0 where a rate of 0 froze it
+            group["lr"] *= ours["lr"] / first  # what the schedule has made of it stays
             group["initial_lr"] = ours["lr"]
         group |= {key: value for key, value in changed.items() if key in group and key != "lr"}
         group["name"] = ours["name"]

@@ -87,10 +87,11 @@ class RunHooks(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a module for use; arguments of its class override the checkpoint's settings; see Lightning's.
+        """Load a module for use, in training mode; arguments of its class override the checkpoint's settings.
 
         The file is read once, and only as data, whatever ``weights_only``; the settings are its own: no
-        ``hparams_file``. Without ``map_location`` the module is on the CPU.
+        ``hparams_file``. Without ``map_location`` the module is on the CPU. A checkpoint names the optimiser, schedule
+        and loss that it was trained with, but only arguments set them.
         """
         require(hparams_file is None, "load_from_checkpoint: has no hparams_file; pass settings as arguments")
         known = inspect.signature(cls).parameters
@@ -99,8 +100,8 @@ class RunHooks(LightningModule):
             raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(known)}")
         checkpoint, name = open_checkpoint(checkpoint_path)
         hparams = {key: value for key, value in checkpoint["hyper_parameters"].items() if every or key in known}
-        adapted = "base" in checkpoint  # then the base has weights, and the checkpoint the LoRA's
-        with nullcontext() if adapted else weights_come_later(checkpoint["state_dict"], name):
+        has_lora = "base" in checkpoint  # then the base has weights, and the checkpoint the LoRA's
+        with nullcontext() if has_lora else weights_come_later(checkpoint["state_dict"], name):
             module = cls(**{**hparams, **kwargs})
         with naming(name):
             module.on_load_checkpoint(checkpoint)
@@ -278,9 +279,10 @@ class RunHooks(LightningModule):
         checkpoint |= {"parts": plain_without_secrets(self.parts), "before": dict(self.before)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # ``self.trainer`` raises where there is none: then load_from_checkpoint has checked the file.
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if self._trainer:  # load_from_checkpoint has checked it
+        if self._trainer:
             checked(checkpoint, name)
         if fitting:
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded

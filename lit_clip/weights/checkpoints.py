@@ -81,7 +81,11 @@ def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
-    """Return the checkpoint if it has weights and an architecture, and its settings obey the rules for files."""
+    """Return the checkpoint if it has weights and an architecture, and its settings obey the rules for files.
+
+    A LoRA's names its base where it is found now. Weights themselves are checked by
+    :func:`lit_clip.weights.load.check_weights` and :func:`lit_clip.weights.load.check_finite_weights`.
+    """
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     if not (isinstance(hparams, Mapping) and "architecture" in hparams and isinstance(state, dict)):
         raise InputError(

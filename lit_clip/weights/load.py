@@ -97,9 +97,9 @@ def _load(
         weights = _merged(weights, *weights.lora, above)
 
     state, tokenizer = weights.state, weights.tokenizer
-    if not weights.ours:
+    if not weights.has_our_names:
         state = _without_decoder(state, weights.name)
-    # Where both are given they agree; the weights' also locates their tokenizer.
+    # Where the weights name an architecture and one is expected they agree; the first also locates a tokenizer.
     stored = weights.config or expected or architecture_by_shapes(state, partial(_fits, state), weights.name)
     if stored is None:
         if not any(re.search("text|token|transformer", name) for name in state):
@@ -119,8 +119,8 @@ def _load(
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
-    if not weights.ours:
-        state = _openai_names(state, stored)
+    if not weights.has_our_names:
+        state = _our_names(state, stored)
     if wanted != stored:
         from lit_clip.models.resize import resize_weights
 
@@ -176,7 +176,7 @@ _NO_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
 _NO_WEIGHTS |= {"text.transformer.embeddings.position_ids"}
 
 
-def _openai_names(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
+def _our_names(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
     """Undo renames of older open_clip versions, and drop entries of OpenAI's archives that are not weights."""
     if config.papers_layout and "text.token_embedding.weight" in state:
         state = {key.removeprefix("text."): value for key, value in state.items()}
@@ -220,6 +220,7 @@ def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
         return CLIP(config.without_pretrained(), tokenizer)
 
 
+# How create_model makes a model without pretrained weights; weights_come_later changes it.
 _CREATE: ContextVar[Callable[[CLIPConfig], CLIP]] = ContextVar("_CREATE", default=CLIP)
 
 
@@ -241,7 +242,7 @@ def _unwritten(config: CLIPConfig, state: Mapping[str, Tensor] | None, name: str
     if state is not None:
         check_weights(model, state, name)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
-            return CLIP(config.without_pretrained())  # which only a real model computes
+            return CLIP(config.without_pretrained())  # another library's, which only a real model computes
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_meta:
             zeros = lazy_zeros(tensor.shape, tensor.dtype)
@@ -252,7 +253,7 @@ def _unwritten(config: CLIPConfig, state: Mapping[str, Tensor] | None, name: str
 
 def _fits(state: dict[str, Tensor], config: CLIPConfig) -> bool:
     try:
-        check_weights(_empty(resolve_architecture(config)), _openai_names(state, config), "")
+        check_weights(_empty(resolve_architecture(config)), _our_names(state, config), "")
     except InputError:
         return False
     return True

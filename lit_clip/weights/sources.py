@@ -51,7 +51,7 @@ class Weights:
     """Weights under our (OpenAI's, open_clip's) names, with information from their source.
 
     ``config`` is None if the source does not name its architecture. ``lora`` is a checkpoint's path and contents if
-    ``state`` holds only the additions of a LoRA; ``ours`` says that the names are those of a model here.
+    ``state`` holds only the additions of a LoRA; ``has_our_names``: none has to be changed.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Weights:
     config: CLIPConfig | None = None
     tokenizer: TextTokenizer | None = None
     lora: tuple[Path, dict[str, Any]] | None = None
-    ours: bool = False
+    has_our_names: bool = False
 
 
 def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
@@ -159,7 +159,7 @@ def _open_file(path: Path, named: bool) -> Weights:
             warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
         state = as_float32(checked_tensors(values["state_dict"], path))
         tokenizer = checkpoint_tokenizer(values, config) if "tokenizer" in values else None
-        return Weights(str(path), state, config, tokenizer, (path, values) if "base" in values else None, ours=True)
+        return Weights(str(path), state, config, tokenizer, (path, values) if "base" in values else None, True)
     if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
         return Weights(str(path), tensors_of(values, path), _open_clip_config(path.parent))
     state = tensors_of(values, path)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.evaluation import classification, predictions
-from lit_clip.evaluation.scores import METRICS, Metric
-from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.scores import METRICS, Metric, unit_scores
+from lit_clip.evaluation.targets import Targets, ranks_of_labels
 from tests.helpers.small_sets import NAMES, ManyShades, Shades, cosines, entry, make_module, write_suite
 
 TORCHMETRICS = "torchmetrics.classification."
@@ -128,6 +129,29 @@ def test_a_metric_is_one_record(
     write_suite(root, shades=entry(metric="top4"))
     with pytest.raises(InputError, match="shades: metric: there is no top4; must be one of .*top3"):
         evaluate()
+
+
+def test_a_mean_over_classes_is_compared_with_another_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "top3_per_class"
+
+    def top3(scores: torch.Tensor, targets: Targets) -> dict[str, np.ndarray]:
+        return {name: (ranks_of_labels(scores, targets.labels) < 3).double().numpy()}
+
+    record = Metric("top-3 per class", lambda *of: unit_scores(name, *of)[name].mean(), units=top3, per_class=True)
+    monkeypatch.setitem(METRICS, name, record)
+    write_suite(root, shades=entry(metric=name))
+    here = evaluate("--tasks", "zero_shot")["shades"]["tasks"]["zero_shot"]["metrics"]
+    labels, right = np.array(Shades("").labels()), top3(cosines(make_module(), Shades("")), labelled())[name]
+    of_classes = [right[labels == label].mean() for label in np.unique(labels)]
+    assert here[name] == pytest.approx(np.mean(of_classes)) != pytest.approx(right.mean())
+    shutil.copytree("out", "before")
+    evaluate("--tasks", "zero_shot", "--compare", "before")
+    (compared,) = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["comparisons"]
+    assert (compared["metric"], compared["difference"], compared["reason"]) == (name, 0.0, "")
+
+
+def labelled() -> Targets:
+    return Targets(torch.tensor(Shades("").labels()), classes=7)
 
 
 def test_of_a_large_set_the_likeliest_classes_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import tokenize
 from lit_clip.module import LitCLIP
 from lit_clip.training.optimizers import PaperAdamW
-from lit_clip.weights.load import _openai_names
+from lit_clip.weights.load import _our_names
 from tests.test_module import data_for, trainer
 
 CAPTIONS = [
@@ -257,7 +257,7 @@ def test_every_open_clip_configuration_has_its_shapes_or_is_refused(name: str, m
         return
     with torch.device("meta"):
         theirs = open_clip.create_model(name, pretrained_text=False, load_weights=False, device="meta")
-    state = _openai_names(theirs.state_dict(), config)  # some of theirs use the prefix text. where ours do not
+    state = _our_names(theirs.state_dict(), config)  # some of theirs use the prefix text. where ours do not
     shapes = {key: value.shape for key, value in state.items() if not key.startswith("text_decoder.")}
     assert {key: value.shape for key, value in on_meta(config).state_dict().items()} == shapes
 

@@ -185,6 +185,15 @@ def test_a_plateau_lowers_the_rate_when_the_validation_stops_to_improve(table: P
     assert trainer.global_step == 16
     assert seen[:8] == [5e-4] * 8
     assert seen[-1] < 5e-4
+    _, again = fit(
+        tmp_path,
+        table,
+        tmp_path / "middle.ckpt",
+        max_epochs=4,
+        lr_scheduler=plateau,
+        optimizer=partial(PaperAdamW, lr=1e-4),
+    )
+    assert again == pytest.approx([rate / 5 for rate in seen[16 - len(again) :]])
 
 
 def test_typed_settings_replace_the_checkpoints_and_others_stay(table: Path, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ from lit_clip.training.optimizers import is_elementwise
 class FSDP(DDPStrategy):
     """Shard weights, gradients and optimiser states over ranks; gather one block at a time to use it.
 
+    Lightning's FSDPStrategy and ModelParallelStrategy fail on the temperature, a scalar that cannot be sharded. This is
+    DDP's, whose processes, samplers and checkpoints stay, with another ``configure_ddp``.
+
     Results and checkpoints match DDP's; either can resume from the other's. Mixed precision is autocast, as elsewhere:
     shards and what is sent are float32. Scalars (temperature and bias) are whole on every rank. Weights are sharded by
     ``fit``, and stay so. With ``model.micro_batch_size`` weights and gradients are whole within a backward pass. Runs
@@ -99,7 +102,8 @@ class FSDP(DDPStrategy):
         self._broadcast(module)
         fully_shard(module, **options)
         _state(module)._lazy_init()  # otherwise the first block that a callback calls would be the root
-        module._ddp_params_and_buffers_to_ignore = [*module.state_dict()]  # when a validation synchronises a module
+        # Before a validation Lightning's DDPStrategy.setup would broadcast these, which is for whole tensors.
+        module._ddp_params_and_buffers_to_ignore = [*module.state_dict()]
 
     def _broadcast(self, part: nn.Module) -> None:
         for tensor in [*part.parameters(), *part.buffers()]:
@@ -190,7 +194,7 @@ class FSDP(DDPStrategy):
         return module.trainer.state.fn == TrainerFn.FITTING and self.global_rank > 0 and not is_sharded(module)
 
     def _my_rows(self, name: str, rows: int) -> range:
-        if sharded_files.rows_of_weights(name, rows):  # which are loaded before they are sharded
+        if sharded_files.rows_of_weights(name, rows):  # weights are loaded whole, before they are sharded
             return range(0 if self._gets_weights else rows)
         each, rank = -(-rows // self._shards), self.global_rank % self._shards  # torch divides so, too
         return range(min(each * rank, rows), min(each * (rank + 1), rows))
@@ -291,7 +295,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         each.set_reshard_after_forward(False, recurse=False)
         each.unshard()
     for group in groups:
-        group._to_sharded = lambda: None  # state_dict() would call it
+        group._to_sharded = lambda: None  # torch's state_dict() calls it, and would shard them again
     try:
         yield
     finally:
