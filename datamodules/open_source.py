@@ -49,9 +49,9 @@ FILES: dict[str, Opener] = {  # by suffix
 }
 REMOTE = (*DELIMITED, *JSON_LINES, ".parquet")  # suffixes of tables that are read from a store
 SUPPORTED = (
-    "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of images "
-    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, one of its hub "
-    "(owner/name), tar shards, or a source of your own ({class_path: my_source.MyPairs})"
+    f"a table ({', '.join(FILES)}), COCO's or Karpathy's JSON, a folder of images with a .txt beside each, a folder of "
+    "parquet files, a data set saved by Hugging Face's datasets, one of its hub (owner/name), tar shards, or a source "
+    "of your own ({class_path: my_source.MyPairs})"
 )
 
 

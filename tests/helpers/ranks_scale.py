@@ -240,8 +240,9 @@ def shard(
     module = _module(**options)
     trainer.fit(module, training)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    (again,) = trainer.validate(module, training, verbose=False)
-    assert again == metrics
+    for evaluate in (trainer.validate, trainer.test):
+        (again,) = evaluate(module, training, verbose=False)
+        assert {name.replace("test/", "val/"): value for name, value in again.items()} == metrics
     trainer.save_checkpoint(f"{output}.ckpt")
     if trainer.is_global_zero:
         torch.save(metrics, f"{output}.metrics")

@@ -230,7 +230,7 @@ def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
     _check(fit(optimizer=optimizer))
 
 
-def test_shards_validate_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
+def test_shards_validate_and_test_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
     script, table = str(ROOT / "tests/helpers/ranks_scale.py"), str(write_table(tmp_path, 3))
     for strategy in ("fsdp", "ddp"):  # two batches of one pair, and one
         run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "1")
