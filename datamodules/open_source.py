@@ -224,8 +224,8 @@ def open_data(
     require(bool(options.data), "no data: name a table, a folder or shards before the options")
     fields = {"columns": options.columns, "split": options.split, "classes": classes, "on_error": on_error}
     every = open_source(options.data, **fields, default_split=default_split, option_prefix="--")
-    require(len(every) > 0, f"{', '.join(options.data)}: has no pairs")
     every.prepare()
+    require(len(every) > 0, f"{', '.join(options.data)}: has no pairs")
     if every.left_out.counts:
         stderr().print(f"{every.left_out} left out")
     return Opened((options, classes), every, every if keep is None else kept_pairs(every, keep, "--keep"))

@@ -82,7 +82,7 @@ class SkippingDataset(Dataset[Any]):
         try:
             return self.dataset[sample]
         except BadSample as error:
-            return error.with_traceback(None)  # which would keep what was read
+            return BadSample(error.where, error.reason, error.detail)  # whose frames do not keep what was read
 
 
 def check_caption(caption: object, where: str) -> str:

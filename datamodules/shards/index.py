@@ -91,13 +91,10 @@ class ShardScan:
     def __init__(self) -> None:
         self.spans: dict[str, list[int]] = {}  # offset and size of each of SCANNED; an absent field has offset -1
         self.extensions: Counter[str] = Counter()  # extension -> number of files
-        self.problems: dict[str, list[str]] = {}  # reason -> keys; empty: of the lost rest of the shard
+        self.damage = ""  # why the rest of the shard is lost
         self.blank: set[str] = set()
         self.duplicates: dict[str, None] = {}  # a set that keeps its order
         self.double_arrays: dict[str, None] = {}
-
-    def problem(self, reason: str, key: str) -> None:
-        self.problems.setdefault(reason, []).append(as_unicode(key))
 
     def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         key, extension = split_name(member.name)
@@ -117,24 +114,28 @@ class ShardScan:
             if text is not None and is_blank(text.read().decode("utf-8-sig", "replace")):
                 self.blank.add(key)
 
-    def usable(self) -> dict[str, list[int]]:
-        """Return the spans of FIELDS of each sample with an image and a caption; list the others as problems."""
-        usable = {}
+    def samples(self) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
+        """Return the spans of FIELDS of each usable sample, and the keys of the others by reason."""
+        usable, problems = {}, {self.damage: [""]} if self.damage else {}
+
+        def problem(reason: str, key: str) -> None:
+            problems.setdefault(reason, []).append(as_unicode(key))
+
         doubled = {key: None for key in self.double_arrays if self.spans[key][0] < 0}
         for key in self.duplicates | doubled:
-            self.problem("duplicate key", key)
+            problem("duplicate key", key)
         for key, (*spans, array_offset, array_size) in self.spans.items():
             if spans[0] < 0:
                 spans[:2] = array_offset, array_size
             if spans[0] < 0:
-                self.problem("missing image", key)
+                problem("missing image", key)
             elif max(spans[2::2]) < 0:
-                self.problem("missing caption", key)
+                problem("missing caption", key)
             elif key in self.blank and spans[2 * FIELDS.index("captions")] < 0:
-                self.problem(NO_CAPTION, key)
+                problem(NO_CAPTION, key)
             else:
                 usable[key] = spans
-        return usable
+        return usable, problems
 
 
 def scan_shard(file: BinaryIO, size: int) -> ShardScan:
@@ -144,20 +145,20 @@ def scan_shard(file: BinaryIO, size: int) -> ShardScan:
         for member, tar in tar_members(file, size):
             scan.add(member, tar)
     except DamagedError as error:
-        scan.problem(f"{OF_SHARD}{error}", "")
+        scan.damage = f"{OF_SHARD}{error}"
     except InputError:  # its store does not answer
         raise
     except Exception as error:  # tarfile raises anything for bytes that are not a tar
         file.seek(0)
         packed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         kind = "compressed; unpack it to .tar" if packed else f"not a tar ({str(error) or type(error).__name__})"
-        scan.problem(f"{OF_SHARD}is {' '.join(kind.split())}", "")
+        scan.damage = f"{OF_SHARD}is {' '.join(kind.split())}"
     return scan
 
 
 def write_index(scan: ShardScan, stamp: Stamp, path: Path) -> Summary:
     """Write the index file of a shard and return its head."""
-    samples = scan.usable()
+    samples, problems = scan.samples()
     spans = np.array(list(samples.values()), np.int64).reshape(-1, len(SPANS))
     columns = {"key": pa.array(map(as_unicode, samples), pa.large_string())}
     columns |= {name: pa.array(np.ascontiguousarray(spans[:, i])) for i, name in enumerate(SPANS)}
@@ -167,7 +168,7 @@ def write_index(scan: ShardScan, stamp: Stamp, path: Path) -> Summary:
         "size": str(stamp.size),
         "version": stamp.version,
         "samples": str(len(samples)),
-        "problems": json.dumps(scan.problems),
+        "problems": json.dumps(problems),
         "extensions": json.dumps(scan.extensions),
         "content": _digest(table),
     }

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import distributions
@@ -127,13 +128,15 @@ class Results:
         return result if path.is_file() and sha256_of_file(path) == known else None
 
     def _saved(self, name: str) -> Mapping[str, Any]:
-        """Return the saved results of a set, by task; empty if there is no file or it is damaged."""
-        try:
-            saved = read_json(self._file(name))
-            convert(saved, _SAVED)
-        except InputError:
-            return {}
-        return saved
+        """Return the saved results of a set, by task, without damaged ones."""
+        found = {}
+        with suppress(InputError):
+            saved = convert(read_json(self._file(name)), dict[str, object])
+            for task, result in saved.items():
+                with suppress(InputError):
+                    convert(result, _SAVED)
+                    found[task] = result
+        return found
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
         self.sets[name]["tasks"][task] = dict(result)
@@ -185,7 +188,7 @@ _TASK = entries(
         "iou": list[tuple[str, object, object, Count]],
     }
 )
-_SAVED = dict[str, entries({"key": str, "result": _TASK}, total=True)]  # the results of a set by task
+_SAVED = entries({"key": str, "result": _TASK}, total=True)  # a task's
 _SPLIT = entries({"images": Count, "absent": Count, "skipped": list[tuple[str, str]]})
 _SET = entries(
     {

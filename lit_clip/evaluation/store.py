@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,12 +30,12 @@ from lit_clip.tools.atomic import make_folder, not_written, remove, remove_draft
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
 from lit_clip.tools.reading import check_is_file, read_json, reading
+from lit_clip.tools.untrusted import Count, convert
 
 VALUES, CONTENT = "values.npy", "content.json"  # the files of a folder
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
 Work = Callable[[Parts], list[UnreadableRow] | None]  # make this rank's parts; see encode
-Write = Callable[[Path, Parts, Sequence[int]], None]  # join them in a file, in the order of the rows
-GONE = "features are gone; another run with the same cache has ended meanwhile"
+GONE = "another run with the same cache has ended meanwhile, and what it stored is gone"
 
 
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
@@ -49,6 +49,13 @@ def _hashes_of_files(images: ImageSet) -> np.ndarray:
     paths = (None if own else images.whole_file(row) for row in range(len(images)))
     files = (path and image_file(str(path.absolute()), path).identity for path in paths)
     return np.array([stable_hash(repr(file)) if file else 0 for file in files], dtype=np.int64)
+
+
+class Kind(NamedTuple):
+    """What is stored of a set: how its parts are joined in a file, in the order of the rows, and how it is known."""
+
+    write: Callable[[Path, Parts, Sequence[int]], None]
+    fits: Callable[[np.ndarray, Sequence[int]], bool]
 
 
 class FeatureStore:
@@ -78,13 +85,13 @@ class FeatureStore:
 
     def features(self, images: ImageSet, title: str) -> SetFeatures:
         """Return a set's features, computed unless stored; all ranks call this in the same order."""
-        if isinstance(images, PartOf):
-            return _part(images, self.features(images.whole, title))
         width = self.model.config.embed_dim
         if not len(images) and isinstance(images, JudgedDocuments):  # of texts alone
             nothing = np.empty((0, width), np.float32)
             return SetFeatures(nothing, nothing, [], [])
         require(len(images) > 0, f"{title}: the set is empty")
+        if isinstance(images, PartOf):
+            return _part(images, self.features(images.whole, title))
         path, first = self.path(images), distributed.rank_and_world()[0] == 0
         hashes = _hashes_of_files(images) if first else np.zeros(0)
 
@@ -94,7 +101,11 @@ class FeatureStore:
             distributed.maximum(0)  # wait for it
             return encode(self.model, set_task(self.model, images, title), parts, self.settings)
 
-        stored = self._made(path, images, encode_set, _write_features, title)
+        def fits(values: np.ndarray, rows: Sequence[int]) -> bool:
+            plain = values.dtype == np.float32 and values.ndim == 2
+            return plain and len(values) == len(rows) and values.shape[1] > width
+
+        stored = self._made(path, images, encode_set, Kind(_write_features, fits), title)
         if first:
             self._hashes[path] = hashes[stored.rows]
         return SetFeatures(stored.values[:, :-width], stored.values[:, -width:], stored.rows, stored.skipped)
@@ -119,21 +130,21 @@ class FeatureStore:
         def record(parts: Parts) -> list[UnreadableRow] | None:
             return encode(self.model, replace(task, title=title), parts, self.settings)
 
-        return self._made(path, images, record, _write_records, title)
+        return self._made(path, images, record, Kind(_write_records, _are_records), title)
 
-    def _made(self, path: Path, images: ImageSet, work: Work, write: Write, title: str) -> SetValues:
+    def _made(self, path: Path, images: ImageSet, work: Work, kind: Kind, title: str) -> SetValues:
         """Return what a folder stores; unless it is there, all ranks make its parts and the first one joins them.
 
         An error on one rank ends the work on all.
         """
-        if distributed.maximum(int(not self._finished(path, len(images)))):
-            self._make(Parts(path, self.settings_text), images, work, write, title)
-        stored = self._stored(path, len(images))
+        if distributed.maximum(int(not self._finished(path, len(images), kind))):
+            self._make(Parts(path, self.settings_text), images, work, kind, title)
+        stored = self._stored(path, len(images), kind)
         if stored is None:
-            raise InputError(f"{path}: features are gone; run the command again")
+            raise InputError(f"{path}: {GONE}; run the command again")
         return stored
 
-    def _make(self, parts: Parts, images: ImageSet, work: Work, write: Write, title: str) -> None:
+    def _make(self, parts: Parts, images: ImageSet, work: Work, kind: Kind, title: str) -> None:
         error = unreadable = None
         try:
             make_folder(parts.output.parent)
@@ -146,48 +157,52 @@ class FeatureStore:
                 raise RuntimeError("a process has to leave the others") from error
         try:
             if unreadable is not None:
-                self._join(parts, images, unreadable, write)
+                self._join(parts, images, unreadable, kind)
         except InputError as raised:
             error = raised
         if distributed.maximum(int(error is not None)):  # a barrier, too: the file is there afterwards
             raise error or InputError(f"{title}: see the error of another process")
 
-    def _join(self, parts: Parts, images: ImageSet, unreadable: Sequence[UnreadableRow], write: Write) -> None:
+    def _join(self, parts: Parts, images: ImageSet, unreadable: Sequence[UnreadableRow], kind: Kind) -> None:
         path, size = parts.output, len(images)
         skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
             with replacing_folder(path) as draft:
-                write(draft / VALUES, parts, sorted(set(range(size)) - {row for row, _, _ in skipped}))
+                kind.write(draft / VALUES, parts, sorted(set(range(size)) - {row for row, _, _ in skipped}))
                 content = {"digest": _digest(draft / VALUES, skipped), "skipped": skipped}
                 (draft / CONTENT).write_text(json.dumps(content), encoding="utf-8")
-                if not self._finished(path, size):  # another run may have been quicker
+                if not self._finished(path, size, kind):  # another run may have been quicker
                     remove(path)
         except InputError:
-            if not self._finished(path, size):
+            if not self._finished(path, size, kind):
                 raise
         remove_drafts(path)
         parts.remove()
 
-    def _finished(self, path: Path, size: int) -> bool:
+    def _finished(self, path: Path, size: int, kind: Kind) -> bool:
         """Return whether all images are stored, except for unreadable ones that may be skipped."""
-        stored = self._stored(path, size)
+        stored = self._stored(path, size, kind)
         return stored is not None and (not stored.skipped or self.settings.on_error == "skip")
 
-    def _stored(self, path: Path, size: int) -> SetValues | None:
+    def _stored(self, path: Path, size: int, kind: Kind) -> SetValues | None:
         """Read what is stored of a set of ``size`` images; None if it is missing or damaged."""
         try:
-            with reading(path, "folder of features"):
+            with reading(path, "folder of a set"):
                 content = read_json(path / CONTENT)
                 check_is_file(path / VALUES)
                 if path not in self._whole and content["digest"] != _digest(path / VALUES, content["skipped"]):
                     raise ValueError("it has other values")
                 self._whole.add(path)
-                skipped = {row: (key, message) for row, key, message in content["skipped"]}
+                listed = convert(content["skipped"], list[tuple[Count, str, str]])
+                skipped = {row: (key, message) for row, key, message in listed}
+                rows = [row for row in range(size) if row not in skipped]
                 values = np.lib.format.open_memmap(path / VALUES, mode="r")
+                if not kind.fits(values, rows):
+                    raise ValueError(f"it has {values.dtype} {list(values.shape)}")
         except InputError:
             return None
-        return SetValues(values, [row for row in range(size) if row not in skipped], list(skipped.values()))
+        return SetValues(values, rows, list(skipped.values()))
 
 
 def _digest(file: Path, skipped: Sequence[Sequence[Any]]) -> str:
@@ -210,6 +225,11 @@ def _write_features(file: Path, parts: Parts, rows: Sequence[int]) -> None:
         stored[numbers] = table.features
     require(bool(filled.all()), f"{parts.output.parent}: {GONE}")
     stored.flush()
+
+
+def _are_records(values: np.ndarray, rows: Sequence[int]) -> bool:
+    plain = values.dtype == np.int64 and values.ndim == 2 and values.shape[1] > 1
+    return plain and bool(np.isin(values[:, 0], rows).all())
 
 
 def _write_records(file: Path, parts: Parts, rows: Sequence[int]) -> None:

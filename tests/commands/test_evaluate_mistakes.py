@@ -20,9 +20,10 @@ from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import store
-from lit_clip.evaluation.data import MissingData
+from lit_clip.evaluation.data import MissingData, PartOf
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import read_suite
+from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from tests.commands.test_evaluate import FOLDER, counted_images, evaluate, noise, root, words, write_suite
 from tests.conftest import lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, write_shards
@@ -209,6 +210,13 @@ def change_content(**changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def forge(change: Callable[[np.ndarray], Any], skipped: list[Any] | None = None) -> None:
+    """Replace what is stored, under a digest that fits."""
+    file, skipped = cached() / "values.npy", skipped or []
+    np.save(file, np.asarray(change(np.load(file))))
+    change_content(digest=hex_digest([sha256_of_file(file), json.dumps(skipped)]), skipped=skipped)
+
+
 DAMAGES: list[Callable[[], Any]] = [
     lambda: os.truncate(cached() / "values.npy", 500),
     lambda: np.save(cached() / "values.npy", np.zeros((30, 5), np.float32)),
@@ -217,6 +225,16 @@ DAMAGES: list[Callable[[], Any]] = [
     lambda: change_content(skipped=[[0, "a.png", "broken"]]),
     lambda: (cached() / "content.json").write_text('{"skipped": [[Infinity, "a.png", "broken"]]}'),
     lambda: (cached() / "content.json").write_text("{}"),
+    lambda: forge(lambda values: values[:, 0]),
+    lambda: forge(lambda values: values[0, 0]),
+    lambda: forge(lambda values: values.astype(np.float64)),
+    lambda: forge(lambda values: values.astype("U8")),
+    lambda: forge(lambda values: values[:7]),
+    lambda: forge(lambda values: values.repeat(2, axis=0)),
+    lambda: forge(lambda values: values[:, :3]),
+    lambda: forge(lambda values: values[:29], [["1", "a.png", "broken"]]),
+    lambda: forge(lambda values: values, [[True, "a.png", "broken"]]),
+    lambda: forge(lambda values: values[:29], [[1, 5, None]]),
     lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
     lambda: [path.write_text("[" * 100_000) for path in Path("out/sets").iterdir()],
 ]
@@ -275,6 +293,22 @@ def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store, "encode", overtaken)
     assert len(ours.features(images, "ours").after) == 30
     assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
+
+
+class Nothing(ImageFolderClasses, PartOf):
+    def __init__(self) -> None:
+        super().__init__("data/test")
+        self.whole, self.rows = ImageFolderClasses("data/test"), []
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_an_empty_part_of_a_set_is_refused_before_the_set_is_encoded(root: Path) -> None:
+    settings = EncodingSettings(num_workers=0, accelerator="cpu")
+    with pytest.raises(InputError, match="part: the set is empty"):
+        FeatureStore(load_model("last.ckpt"), root / "cache", settings).features(Nothing(), "part")
+    assert not (root / "cache").exists()
 
 
 def test_a_rank_that_cannot_write_stops_the_others(root: Path) -> None:

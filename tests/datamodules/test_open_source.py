@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import CaptionDataModule
-from datamodules.open_source import open_source
+from datamodules import CaptionDataModule, CustomPairs
+from datamodules.open_source import open_data, open_source
+from datamodules.pairs.findings import DataOptions
 from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.source import Columns, PairSource, Rows
 from lit_clip.batch import CaptionBatch
@@ -117,6 +118,30 @@ def test_list_of_tables_is_concatenated(folder: Path, tmp_path: Path) -> None:
     assert sorted(distinct.order(1, 2)) == list(range(PAIRS + 2))
     with pytest.raises(InputError, match="o.csv row 3"):
         distinct.check()
+
+
+class Prepared(CustomPairs):
+    """A source that knows its length once it is prepared."""
+
+    prepared = False
+
+    def __len__(self) -> int:
+        assert self.prepared
+        return 2
+
+    def prepare(self) -> None:
+        self.prepared = True
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8))
+
+    def captions(self, index: int) -> list[str]:
+        return [f"row {index}"]
+
+
+def test_a_source_is_prepared_before_its_length_is_asked() -> None:
+    opened = open_data(DataOptions([f"{{class_path: {Prepared.__module__}.Prepared}}"]))
+    assert len(opened.pairs) == 2
 
 
 def test_rows_of_a_source_keep_its_order(folder: Path) -> None:

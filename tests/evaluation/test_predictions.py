@@ -117,8 +117,10 @@ def test_a_damaged_result_in_the_cache_is_computed_again(tmp_path: Path) -> None
     results.add("pets", "zero_shot", "key", WHOLE)
     assert results.cached("pets", "zero_shot", "key") == json.loads(json.dumps(WHOLE))
     assert results.cached("pets", "zero_shot", "other key") is None
-    results.add("pets", "zero_shot", "key", {**WHOLE, "metrics": ["top1"]})
-    assert results.cached("pets", "zero_shot", "key") is None
+    results.add("pets", "linear_probe", "key", {**WHOLE, "metrics": ["top1"]})
+    assert results.cached("pets", "linear_probe", "key") is None
+    results.add("pets", "retrieval", "key", WHOLE)  # which leaves the others of the set
+    assert results.cached("pets", "zero_shot", "key") == json.loads(json.dumps(WHOLE))
 
 
 def test_a_result_whose_predictions_are_not_its_own_is_computed_again(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop, TrainingTransform
-from datamodules.loading.bad_samples import BadSamples, check_caption
+from datamodules.loading.bad_samples import BadSamples, SkippingDataset, check_caption
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -133,6 +133,19 @@ def test_an_input_error_of_a_data_worker_is_its_one_line() -> None:
     with pytest.raises(InputError) as error:
         list(DataLoader(Refused(), num_workers=1, multiprocessing_context="fork"))
     assert str(error.value) == "t.csv row 0: what: is wrong"
+
+
+def test_a_skipped_sample_keeps_nothing_of_what_was_read() -> None:
+    class Broken(Refused):
+        def __getitem__(self, row: int) -> str:
+            try:
+                return super().__getitem__(row)
+            except InputError as error:
+                raise BadSample("t.csv row 0", "broken image", "cannot be read") from error
+
+    error = SkippingDataset(Broken())[0]
+    assert str(error) == "t.csv row 0: cannot be read"
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
 
 # Draft decoding
