@@ -187,7 +187,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 class TablePairs(ColumnPairs):
-    """Pairs in an Arrow table with the columns of ``text_table.SCHEMA``; optional columns may be missing.
+    """Pairs in an Arrow table with columns of ``text_table.SCHEMA``; a folder's has the image alone.
 
     Args:
         path: of the file that the table was made from, for messages.

@@ -25,7 +25,7 @@ from .stored import ColumnarPairs, RowRange, blank_rows
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
 IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
-REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
+LARGE = 1_000_000  # rows; from this size on what is searched for is cached
 IMAGE_ROWS = 256  # whose images are counted at once
 THREADS = 4  # that search for blank captions
 LAYOUT = 2  # of the cached files; a new number makes old ones be written again
@@ -210,11 +210,11 @@ class ParquetPairs(ColumnarPairs):
         return np.concatenate(order).astype(np.int32 if len(self) < 2**31 else np.int64)
 
 
-def _found(
+def _search_once(
     path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray], slow: bool = False
 ) -> np.ndarray:
     """Return the result of a search in columns of a file, int64 ``[K]``; cached if it is ``slow`` or the file large."""
-    if not slow and open_file(path).metadata.num_rows < REMEMBERED:
+    if not slow and open_file(path).metadata.num_rows < LARGE:
         return search()
 
     def load(file: Path) -> np.ndarray:
@@ -237,7 +237,7 @@ def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
             batches = open_file(path).iter_batches(IMAGE_ROWS, columns=list(names), use_threads=False)
             return np.concatenate([np.zeros(0, np.int64), *(images_of(batch, names)[0] for batch in batches)])
 
-    return _found(path, "images", names, search, slow=encoded)
+    return _search_once(path, "images", names, search, slow=encoded)
 
 
 def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
@@ -254,4 +254,4 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
         with reading(path, "parquet file"), ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
             return np.concatenate(list(pool.map(search_groups, np.array_split(np.arange(len(rows)), threads))))
 
-    return _found(path, "blank", captions, search)
+    return _search_once(path, "blank", captions, search)

@@ -128,7 +128,7 @@ class PlaceTask(RowTask):
     settings: tuple[object, ...]  # all that the records depend on, besides the model and the images
 
     def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
-        """Return the records of a batch of one image, int64 ``[K, m]``."""
+        """Return the records of a batch of one image, int64 ``[K, m]``, and take its note out of the batch."""
         if batch.inputs is None:
             return torch.empty(0, device=device)
         truth = batch.notes.pop()  # it may be large, and finished batches wait to be written

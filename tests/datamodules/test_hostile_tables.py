@@ -238,7 +238,7 @@ def test_damaged_cache_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(text_table, "IN_MEMORY", 10)
     monkeypatch.setattr(parquet, "IN_MEMORY", 0)
-    monkeypatch.setattr(parquet, "REMEMBERED", 1)
+    monkeypatch.setattr(parquet, "LARGE", 1)
     rows = [{"image": "a.png", "caption": f"cat number {number}"} for number in range(50)] + [{"image": "a.png"}]
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")

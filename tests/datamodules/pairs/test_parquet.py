@@ -95,7 +95,7 @@ def test_copies_are_made_on_demand_and_again_for_a_changed_file(
 def test_blank_captions_of_a_large_file_are_searched_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "REMEMBERED", 10)
+    monkeypatch.setattr(parquet, "LARGE", 10)
     table = paths(tmp_path)
     assert len(open_source(table)) == len(USABLE)
     monkeypatch.setattr(parquet, "blank_rows", None)
