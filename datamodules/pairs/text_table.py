@@ -49,8 +49,8 @@ SCHEMA = pa.schema(
 class RawRow(NamedTuple):
     """A row as written: its number in the file (a header is row 1) and its cells.
 
-    It becomes a row of an Arrow table, that a :class:`Row` when it is read, that a :class:`Pair` with one caption, and
-    pairs a :class:`lit_clip.CaptionBatch`.
+    It becomes a row of an Arrow table, that a ``Row`` of :mod:`datamodules.pairs.source` when it is read, that a
+    ``Pair`` with one caption, and pairs a :class:`lit_clip.CaptionBatch`.
     """
 
     number: int

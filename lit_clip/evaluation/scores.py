@@ -1,8 +1,8 @@
 """Metrics that can judge a set: one record each in :data:`METRICS`, which describes it completely.
 
 Shapes: N images, C classes. All values are fractions, 0 to 1; sums are float64. Ties and NaN are judged as in
-``accuracy``, or against the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS
-and DataComp.
+:mod:`lit_clip.evaluation.targets`, or against the model. torchmetrics has neither these rules nor the definitions of
+VOC2007, RareAct, WILDS and DataComp.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -351,7 +351,7 @@ def _of_equal_scores(metric: str, targets: Targets) -> float:
 
 METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["top1"]),
-    "top5": Metric("top-5"),  # words alone: accuracy.py counts it, beside the metric of any set
+    "top5": Metric("top-5"),  # words alone: targets.WITHIN has it, which is counted for every set
     "mean_per_class": Metric(
         "mean per class",
         _accuracies,

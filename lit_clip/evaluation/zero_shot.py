@@ -1,4 +1,4 @@
-"""Build zero-shot classifiers from class names and prompt templates; accuracy is computed in accuracy.py."""
+"""Build zero-shot classifiers from class names and prompt templates; accuracy is computed in targets.py."""
 
 import runpy
 from collections.abc import Callable, Sequence
