@@ -456,6 +456,14 @@ def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Caption
     assert "data.captions.per_image" not in chosen  # every image has one
 
 
+def test_another_optimiser_or_schedule_keeps_its_own_settings(module_and_data: tuple[LitCLIP, Captions]) -> None:
+    module, data = module_and_data
+    given = {"model.optimizer.class_path": "torch.optim.SGD", "model.lr_scheduler.class_path": "my_schedules.Mine"}
+    chosen = {each.option for each in PretrainedEncoders(20).choices(Run(given, lambda: data, lambda: module))}
+    assert "trainer.max_steps" in chosen
+    assert not chosen & {"model.optimizer.lr", "model.lr_scheduler.warmup_steps"}
+
+
 @pytest.mark.parametrize(
     ("rows", "given", "together"),
     [
