@@ -15,7 +15,8 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
 from lit_clip.retrieval.retrieval_set import MEAN_RECALL, RetrievalSet, token_hashes
-from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
+from lit_clip.training.even_batches import placeholder
+from lit_clip.training.micro_batches import encode_pairs, encode_step
 from lit_clip.training.optimizers import EXCEPT_GAINS_AND_BIASES, Decays, Optimization, OptimizerFactory, PaperAdamW
 from lit_clip.training.run_hooks import RunHooks
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine

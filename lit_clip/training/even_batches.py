@@ -1,4 +1,4 @@
-"""What the pairs of a batch share: their number on all ranks, if it is guaranteed, and their images."""
+"""What the pairs of a batch share: their number on all ranks, their images, hard negatives, or no pair at all."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import require
+from lit_clip.losses.loss import Loss
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.hardware import to_device
 
 # Methods by which a batch may get hard negatives: of a class that overrides one, ranks do not know their number.
@@ -56,3 +59,23 @@ def images_once(batch: CaptionBatch) -> CaptionBatch:
     first = [image_of.index(row) for row in range(len(row_of))]
     images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
     return batch._replace(images=batch.images[images], image_of=own)
+
+
+def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
+    """Return the number of a batch's hard negatives."""
+    number = sum(map(bool, batch.negatives))
+    rows = 0 if batch.negative_tokens is None else len(batch.negative_tokens)
+    found = f"training_step: a batch has {number} hard negatives and {rows} rows of negative_tokens"
+    require(number == rows, f"{found}; give a row to each text of negatives that is not empty")
+    unused = f"training_step: {type(loss).__name__} does not use hard negatives"
+    require(not number or loss.uses_negatives, f"{unused}; leave them out, or use lit_clip.losses.Contrastive")
+    return number
+
+
+def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
+    """Return one blank pair for a rank with only skipped samples; its features are discarded."""
+    tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
+    images, stored = batch.images, batch.stored_texts
+    if stored is not None:
+        stored = stored.new_zeros(1, *stored.shape[1:])
+    return CaptionBatch(images.new_zeros(1, *images.shape[1:]), tokens, [""], ["a"], [""], stored_texts=stored)

@@ -13,12 +13,12 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.losses.loss import Pairs
 from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
-from lit_clip.training.even_batches import images_once
+from lit_clip.training.even_batches import images_once, placeholder
 
 HARD_NEGATIVES = (
     "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out "
@@ -49,26 +49,6 @@ def encode_texts(
     else:
         features = text_features_from(model, stored, tokens, lengths)
     return unit(features) if normalize else features
-
-
-def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
-    """Return the number of a batch's hard negatives."""
-    number = sum(map(bool, batch.negatives))
-    rows = 0 if batch.negative_tokens is None else len(batch.negative_tokens)
-    found = f"training_step: a batch has {number} hard negatives and {rows} rows of negative_tokens"
-    require(number == rows, f"{found}; give a row to each text of negatives that is not empty")
-    unused = f"training_step: {type(loss).__name__} does not use hard negatives"
-    require(not number or loss.uses_negatives, f"{unused}; leave them out, or use lit_clip.losses.Contrastive")
-    return number
-
-
-def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
-    """Return one blank pair for a rank with only skipped samples; its features are discarded."""
-    tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
-    images, stored = batch.images, batch.stored_texts
-    if stored is not None:
-        stored = stored.new_zeros(1, *stored.shape[1:])
-    return CaptionBatch(images.new_zeros(1, *images.shape[1:]), tokens, [""], ["a"], [""], stored_texts=stored)
 
 
 class StepCounts(NamedTuple):

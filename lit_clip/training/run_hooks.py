@@ -28,7 +28,7 @@ from lit_clip.tools.parts import Description
 from lit_clip.tools.reading import naming
 from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
-from lit_clip.training.even_batches import even_batches
+from lit_clip.training.even_batches import even_batches, hard_negatives
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.lightning.loop_counts import enter_epoch, resumed_counts, settle_counts
 from lit_clip.training.lightning.resume_checks import check_same_parts
@@ -39,7 +39,7 @@ from lit_clip.training.lightning.strategies import (
     synchronise_batch_norm,
     validate_without_synchronising,
 )
-from lit_clip.training.micro_batches import StepCounts, hard_negatives
+from lit_clip.training.micro_batches import StepCounts
 from lit_clip.training.optimizers import Optimization, skip_step
 from lit_clip.training.schedules import batches_per_epoch, total_steps
 from lit_clip.weights.checkpoints import checked
