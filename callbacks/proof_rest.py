@@ -11,6 +11,7 @@ from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.targets import ranks_of_labels
 from lit_clip.models.clip import CLIP
+from lit_clip.retrieval.metrics import similarities
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import instantiate
 from lit_clip.tools.reading import naming
@@ -40,7 +41,8 @@ class Rest(SuiteEvaluation):
             return Measured(hex_digest([keys, current.texts["retrieval"]]), scores, {})
         assert current.classifier is not None
         targets = targets_of(current, fold, "test")
-        right = ranks_of_labels(image_ND @ current.classifier, targets.labels) < 1
+        score_NC = similarities(image_ND, current.classifier.T)  # not under the run's autocast, which would round them
+        right = ranks_of_labels(score_NC, targets.labels) < 1
         return Measured(hex_digest([keys, targets.digest()]), {"zero-shot top-1": right.double()}, {})
 
 

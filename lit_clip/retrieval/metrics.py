@@ -68,8 +68,13 @@ def similarities(text_TD: Tensor, image_ID: Tensor) -> Tensor:
     texts, images = (
         F.pad(rows, (0, 0, 0, FEWEST - len(rows))) if len(rows) < FEWEST else rows for rows in (text_TD, image_ID)
     )
-    with torch.autocast(text_TD.device.type, enabled=False):
-        return (at_least_float32(texts) @ at_least_float32(images).T)[: len(text_TD), : len(image_ID)]
+    return _product(at_least_float32(texts), at_least_float32(images).T)[: len(text_TD), : len(image_ID)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply without autocast, whose bfloat16 would round a count of 1,499 to 1,504."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -111,7 +116,7 @@ def _below(scores: Tensor, thresholds: Tensor, weights: Tensor) -> Tensor:
 
     A product of zeros and ones in float32 is ten times as fast as a sum of bools, and exact below 2^24 rows.
     """
-    return (weights.to(scores.dtype) @ torch.lt(scores, thresholds, out=torch.empty_like(scores))).long()
+    return _product(weights.to(scores.dtype), torch.lt(scores, thresholds, out=torch.empty_like(scores))).long()
 
 
 @torch.no_grad()
@@ -232,7 +237,7 @@ class _LogSumExp:
         """Add a tile: logits ``[queries, candidates]``, weights ``[candidates]``."""
         old = self.peak[queries]
         peak = torch.maximum(old, logits.amax(dim=1))
-        added = (logits - peak[:, None]).exp_() @ weights.to(logits.dtype)
+        added = _product((logits - peak[:, None]).exp_(), weights.to(logits.dtype))
         self.sum[queries] = self.sum[queries] * (old - peak).exp() + added
         self.peak[queries] = peak
 
@@ -275,6 +280,6 @@ def whole_set_loss(
         losses -= (pairs.rows * (scale * score_E + bias)).sum()
         for texts, images, score in _tiles(image_ID, text_TD):
             negative = -F.logsigmoid(-(scale * score + bias))  # loss of a negative; a positive's is less the logit
-            losses += (rows_T[texts] * (negative @ rows_I[images].to(negative.dtype)).to(losses.dtype)).sum()
+            losses += (rows_T[texts] * _product(negative, rows_I[images].to(negative.dtype)).to(losses.dtype)).sum()
         loss = total(losses)
     return float(loss / rows_I.sum())

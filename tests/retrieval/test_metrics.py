@@ -124,6 +124,23 @@ def test_recalls_with_shared_captions_equal_clip_benchmarks_to_the_last_query(k:
     assert ranks.merged_image.tolist() != ranks.image.tolist()
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_autocast_rounds_no_rank_and_no_loss(sigmoid: bool) -> None:
+    """A sum of 1,499 ones is 1,504 in bfloat16."""
+    image, text = unit(torch.randn(300, 16)), unit(torch.randn(1500, 16))
+    pairs, scale = make_pairs([(row % 300, row) for row in range(1500)]), torch.tensor(30.0)
+    bias = torch.tensor(-10.0) if sigmoid else None
+    ranks, loss = (
+        found(image, text, pairs),
+        whole_set_loss(image, text, pairs, pair_scores(image, text, pairs), scale, bias),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        again = found(image, text, pairs)
+        assert whole_set_loss(image, text, pairs, pair_scores(image, text, pairs), scale, bias) == loss
+    assert all(torch.equal(one, other) for one, other in zip(ranks, again, strict=True))
+    assert all(int(each.min()) >= 0 for each in again)
+
+
 def test_pair_scores_equal_the_similarity_matrix_bit_for_bit() -> None:
     """Otherwise a duplicate of the right candidate could rank above or below it by rounding."""
     generator = torch.Generator().manual_seed(0)
