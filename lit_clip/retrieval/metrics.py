@@ -72,7 +72,7 @@ def similarities(text_TD: Tensor, image_ID: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply without autocast, whose bfloat16 would round a count of 1,499 to 1,504."""
+    """Multiply matrices in their own precision: autocast to bfloat16 would round a count of 1,499 to 1,504."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
